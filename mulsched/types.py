@@ -1,0 +1,94 @@
+"""Values that cross the library's edge: namespaces, requests, and engine events."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "BlockRemoved",
+    "BlockStored",
+    "CacheCleared",
+    "EngineHash",
+    "Event",
+    "InstanceRemoved",
+    "Keys",
+    "Namespace",
+    "Request",
+]
+
+Keys = NDArray[np.uint64]
+"""Block keys of a prompt, shape ``(n_blocks,)``."""
+
+EngineHash = int | bytes
+"""The id an engine gives a cached block: opaque, never recomputed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What besides tokens must be equal for two prompts to share KV cache.
+
+    ``lora`` alone seeds the keys with ``seed + xxh3_64(lora)``, the convention of Dynamo and smg; any
+    other combination of fields seeds them with a hash of all fields. An empty namespace equals none.
+    """
+
+    lora: str | None = None
+    model: str | None = None
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as a policy sees it.
+
+    ``keys`` has shape ``(n_blocks,)``; ``prompt_tokens`` also counts the partial block at the end.
+    """
+
+    prompt_tokens: int
+    keys: Keys
+    request_id: str | None = None
+    session: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStored:
+    """An engine cached the blocks ``block_hashes``, in order, right after the block ``parent_hash``.
+
+    Content comes either as ``token_ids`` (``block_size`` per block) or as ready ``block_keys``.
+    ``extra_keys`` names, per block, the multimodal content in it (``None`` for text only).
+    """
+
+    instance: str
+    block_hashes: Sequence[EngineHash] | NDArray[np.uint64]
+    parent_hash: EngineHash | None
+    block_size: int
+    token_ids: Sequence[int] | NDArray[np.integer] | None = None
+    block_keys: Keys | None = None
+    namespace: Namespace | None = None
+    extra_keys: Sequence[bytes | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRemoved:
+    """An engine evicted the blocks ``block_hashes``."""
+
+    instance: str
+    block_hashes: Sequence[EngineHash] | NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCleared:
+    """An engine dropped its whole prefix cache."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRemoved:
+    """An instance is gone, with its cache and its queue."""
+
+    instance: str
+
+
+Event = BlockStored | BlockRemoved | CacheCleared | InstanceRemoved
