@@ -1,0 +1,370 @@
+"""The prefix index: which instance holds which prefix, answered for all instances in one walk.
+
+A path-compressed radix tree over block keys. This module is the facade: it checks arguments, maps
+instance names to rows, converts hashes to 64 bits, and words the errors. The trees are the twins
+:mod:`mulsched._native` (C++) and :mod:`mulsched._prefix_index_py` (readable); both implement the
+row-based interface that :class:`Backend` states, and both produce the same nodes for the same content.
+
+Complexity: D is the number of blocks in the argument, W the number of instances that hold some of the
+path, N the number of tree nodes.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mulsched._backend import BACKEND
+from mulsched.block_keys import engine_hash
+from mulsched.errors import (
+    DuplicateInstance,
+    InvalidArgument,
+    InvalidType,
+    UnknownBlock,
+    UnknownInstance,
+)
+from mulsched.types import EngineHash, Keys
+
+__all__ = ["PrefixIndex", "as_keys"]
+
+UNBOUNDED = -1
+UNKNOWN_PARENT = -1
+
+
+class Backend(Protocol):
+    """What a tree offers the facade. Rows are small integers given by the facade; arguments are valid.
+
+    A row is *bounded* (``capacity >= 0``: an LRU over blocks), *unbounded*, or *named* (its blocks are
+    also known by engine hashes, and it holds exactly the blocks that its live hashes name).
+    """
+
+    def add_row(self, row: int, capacity: int, named: bool) -> None:
+        """Start an empty row. ``capacity`` is in blocks, or -1 for none."""
+
+    def remove_row(self, row: int) -> None:
+        """Forget the row and everything it holds."""
+
+    def resize(self, row: int, capacity: int) -> None:
+        """Change the capacity of a bounded row and evict down to it."""
+
+    def store(self, row: int, keys: Keys) -> int:
+        """Hold the whole path on an unnamed row, newest in LRU order; blocks that were not held before."""
+
+    def store_named(self, row: int, parent: int | None, hashes: Keys, keys: Keys) -> int:
+        """Append blocks after the block that ``parent`` names; blocks newly held, or -1: unknown parent."""
+
+    def remove_named(self, row: int, hashes: Keys) -> int:
+        """Forget names; how many were known."""
+
+    def discard(self, row: int, keys: Keys, start: int) -> int:
+        """Stop holding the blocks ``keys[start:]`` of the path on an unnamed row; how many were held."""
+
+    def clear(self, row: int) -> None:
+        """Hold nothing on this row."""
+
+    def match(self, keys: Keys, out: NDArray[np.int64]) -> None:
+        """Write per row how many leading blocks of ``keys`` it holds. ``out``: ``(>= n_rows,)``."""
+
+    def blocks(self, row: int) -> int:
+        """How many blocks the row holds."""
+
+    def unique_blocks(self) -> int:
+        """How many blocks are held by at least one row."""
+
+    def nodes(self) -> int:
+        """How many nodes the tree has, the root not counted."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part."""
+
+    def check(self) -> None:
+        """Raise AssertionError with the number of the invariant that does not hold."""
+
+    def edges(self) -> list[tuple[int, list[int], list[int]]]:
+        """Every node in depth-first order, children by first key: (start depth, keys, holder rows)."""
+
+    def lru(self, row: int) -> list[list[int]]:
+        """Paths of keys of the row's nodes, next to be evicted first; for tests and dumps. O(N * depth)."""
+
+
+def _new_backend() -> Backend:
+    if BACKEND == "native":
+        from mulsched._native import PrefixIndex as NativeIndex
+
+        return NativeIndex()
+    from mulsched._prefix_index_py import PrefixIndexPy
+
+    return PrefixIndexPy()
+
+
+def as_keys(keys: Any, name: str = "keys") -> Keys:
+    """Return ``keys`` as a C-contiguous uint64 array, shape ``(n,)``, without a copy where it is one.
+
+    Raises InvalidType for anything but integers, InvalidArgument for another shape or out of 64 bits.
+    """
+    if type(keys) is np.ndarray and keys.dtype == np.uint64 and keys.ndim == 1 and keys.flags.c_contiguous:
+        return keys
+    if isinstance(keys, str | bytes) or not isinstance(keys, Iterable):
+        raise InvalidType(f"{name} must be a sequence of 64-bit integers, got {type(keys).__name__}")
+    array = keys if isinstance(keys, np.ndarray) else np.array(list(keys), dtype=object)
+    if array.ndim != 1:
+        raise InvalidArgument(f"{name} must have one dimension, got shape {array.shape}")
+    if array.dtype == object:
+        for position, key in enumerate(array):
+            if isinstance(key, bool) or not isinstance(key, int | np.integer):
+                raise InvalidType(
+                    f"{name} must be 64-bit integers, got {type(key).__name__} at position {position}"
+                )
+            if not 0 <= key < 2**64:
+                raise InvalidArgument(f"{name} must lie in 0..2**64-1, got {key} at position {position}")
+    elif array.dtype.kind not in "iu":
+        raise InvalidType(f"{name} must be 64-bit integers, got dtype {array.dtype}")
+    elif array.dtype.kind == "i" and array.size and array.min() < 0:
+        position = int(np.argmax(array < 0))
+        raise InvalidArgument(f"{name} must lie in 0..2**64-1, got {array[position]} at position {position}")
+    return np.ascontiguousarray(array, dtype=np.uint64)
+
+
+def _as_hashes(hashes: Sequence[EngineHash] | NDArray[np.uint64]) -> Keys:
+    if isinstance(hashes, np.ndarray):
+        return as_keys(hashes, "engine_hashes")
+    if isinstance(hashes, str | bytes) or not isinstance(hashes, Iterable):
+        raise InvalidType(f"engine_hashes must be a sequence of int or bytes, got {type(hashes).__name__}")
+    return np.array([engine_hash(h) for h in hashes], dtype=np.uint64)
+
+
+def _as_capacity(capacity_blocks: Any) -> int:
+    if isinstance(capacity_blocks, bool) or not isinstance(capacity_blocks, int | np.integer):
+        raise InvalidType(f"capacity_blocks must be an int, got {type(capacity_blocks).__name__}")
+    if capacity_blocks < 1:
+        raise InvalidArgument(f"capacity_blocks must be at least 1, got {capacity_blocks}")
+    return int(capacity_blocks)
+
+
+class PrefixIndex:
+    """Which instance holds which prefix.
+
+    There are three kinds of instance, fixed when it is added:
+
+    - *named* (``engine_hashes=True``): content comes from engine events. The instance holds exactly the
+      blocks that its live engine hashes name; removing a block in the middle does not remove what
+      follows, and puts it out of reach until the block is stored again.
+    - *bounded* (``capacity_blocks=C``): content is predicted. Storing a path makes its blocks the newest;
+      above C blocks the oldest leave, the tail of a path before its head. A path longer than C keeps its
+      first C blocks.
+    - *unbounded* (neither): content is what was stored and not discarded.
+
+    Thread-safe: readers run together, a writer excludes them (native); the Python twin holds the GIL.
+    """
+
+    __slots__ = ("_free", "_kind", "_names", "_rows", "_tree", "removed_unknown")
+
+    def __init__(self) -> None:
+        self._tree = _new_backend()
+        self._rows: dict[str, int] = {}
+        self._names: list[str | None] = []
+        self._kind: dict[str, str] = {}
+        self._free: list[int] = []
+        self.removed_unknown = 0
+        """How many engine hashes ``remove`` was given that the instance did not hold."""
+
+    # -- instances ---------------------------------------------------------------------------------
+
+    def add_instance(
+        self, instance: str, *, capacity_blocks: int | None = None, engine_hashes: bool = False
+    ) -> int:
+        """Add an empty instance and return its row. O(1).
+
+        Rows of removed instances are used again, the lowest first. Raises DuplicateInstance, InvalidType,
+        InvalidArgument (capacity below 1, or capacity together with engine hashes: the engine evicts).
+        """
+        if not isinstance(instance, str):
+            raise InvalidType(f"instance must be a str, got {type(instance).__name__}")
+        if instance in self._rows:
+            raise DuplicateInstance(f"instance {instance!r} is there already")
+        if capacity_blocks is None:
+            capacity = UNBOUNDED
+        elif engine_hashes:
+            raise InvalidArgument(
+                f"instance {instance!r}: capacity_blocks={capacity_blocks} and engine_hashes=True exclude "
+                "each other, since the engine's events say what leaves"
+            )
+        else:
+            capacity = _as_capacity(capacity_blocks)
+        row = self._free.pop() if self._free else len(self._names)
+        self._tree.add_row(row, capacity, engine_hashes)
+        if row == len(self._names):
+            self._names.append(instance)
+        else:
+            self._names[row] = instance
+        self._rows[instance] = row
+        self._kind[instance] = "named" if engine_hashes else "bounded" if capacity >= 0 else "unbounded"
+        return row
+
+    def remove_instance(self, instance: str) -> None:
+        """Forget the instance and give back its memory. O(its nodes). Raises UnknownInstance."""
+        row = self.row(instance)
+        self._tree.remove_row(row)
+        del self._rows[instance], self._kind[instance]
+        self._names[row] = None
+        self._free.append(row)
+        self._free.sort(reverse=True)
+
+    def resize(self, instance: str, capacity_blocks: int) -> None:
+        """Change a bounded instance's capacity and evict down to it. Raises as ``add_instance``."""
+        row = self._row_of(instance, "bounded")
+        self._tree.resize(row, _as_capacity(capacity_blocks))
+
+    def row(self, instance: str) -> int:
+        """Return the instance's row: its place in the result of ``match``. Raises UnknownInstance."""
+        try:
+            return self._rows[instance]
+        except (KeyError, TypeError):
+            raise UnknownInstance(
+                f"unknown instance {instance!r}; there are {len(self._rows)} instances"
+            ) from None
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        """Instances in the order of their rows."""
+        return tuple(name for name in self._names if name is not None)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows ever used at the same time: the length of a result of ``match``."""
+        return len(self._names)
+
+    # -- content -----------------------------------------------------------------------------------
+
+    def store(
+        self,
+        instance: str,
+        keys: Keys,
+        *,
+        parent: EngineHash | None = None,
+        engine_hashes: Sequence[EngineHash] | NDArray[np.uint64] | None = None,
+    ) -> int:
+        """Record that the instance holds ``keys``; return how many blocks it did not hold before.
+
+        For a named instance ``keys`` follow the block that ``parent`` names (None: the prompt's start) and
+        ``engine_hashes`` names them one by one; a name that is in use moves to its new block. For the
+        other kinds ``keys`` is the path from the prompt's start. O(D + W) amortised.
+
+        Raises UnknownInstance, UnknownBlock (the instance holds no block named ``parent``), InvalidType,
+        InvalidArgument (hashes missing, superfluous, or not as many as keys).
+        """
+        row = self.row(instance)
+        path = as_keys(keys)
+        if self._kind[instance] != "named":
+            if engine_hashes is not None or parent is not None:
+                raise InvalidArgument(f"instance {instance!r} was added without engine_hashes=True")
+            return self._tree.store(row, path)
+        if engine_hashes is None:
+            raise InvalidArgument(f"instance {instance!r} needs engine_hashes, one for each of the keys")
+        hashes = _as_hashes(engine_hashes)
+        if len(hashes) != len(path):
+            raise InvalidArgument(f"{len(path)} keys need as many engine_hashes, got {len(hashes)}")
+        stored = self._tree.store_named(row, None if parent is None else engine_hash(parent), hashes, path)
+        if stored == UNKNOWN_PARENT:
+            raise UnknownBlock(f"instance {instance!r} holds no block with engine hash {parent!r}")
+        return stored
+
+    def remove(self, instance: str, engine_hashes: Sequence[EngineHash] | NDArray[np.uint64]) -> int:
+        """Forget blocks of a named instance by engine hash; return how many it held under that name.
+
+        Unknown hashes are counted in ``removed_unknown`` and otherwise ignored: engines report blocks that
+        the index never learned of. Does not cascade. O(1) per block, plus the split that it causes.
+        Raises UnknownInstance, InvalidType, InvalidArgument.
+        """
+        row = self._row_of(instance, "named")
+        hashes = _as_hashes(engine_hashes)
+        known = self._tree.remove_named(row, hashes)
+        self.removed_unknown += len(hashes) - known
+        return known
+
+    def discard(self, instance: str, keys: Keys, *, start: int = 0) -> int:
+        """Stop holding blocks ``start`` and later of the path ``keys``; return how many were held.
+
+        For instances without engine hashes. Does not cascade to blocks beyond ``keys``. O(D + W).
+        Raises UnknownInstance, InvalidType, InvalidArgument.
+        """
+        row = self.row(instance)
+        if self._kind[instance] == "named":
+            raise InvalidArgument(f"instance {instance!r} is named: use remove() with engine hashes")
+        path = as_keys(keys)
+        if isinstance(start, bool) or not isinstance(start, int | np.integer):
+            raise InvalidType(f"start must be an int, got {type(start).__name__}")
+        if start < 0:
+            raise InvalidArgument(f"start must be at least 0, got {start}")
+        return self._tree.discard(row, path, min(int(start), len(path)))
+
+    def clear(self, instance: str) -> None:
+        """Drop everything the instance holds. O(its nodes). Raises UnknownInstance."""
+        self._tree.clear(self.row(instance))
+
+    # -- questions ---------------------------------------------------------------------------------
+
+    def match(self, keys: Keys) -> NDArray[np.int64]:
+        """Return how many leading blocks of ``keys`` each row holds, shape ``(n_rows,)``; free rows hold 0.
+
+        Changes nothing, not even recency. O(D + W * nodes on the path).
+        Raises InvalidType, InvalidArgument.
+        """
+        matched = np.empty(len(self._names), dtype=np.int64)
+        self._tree.match(as_keys(keys), matched)
+        return matched
+
+    def match_by_instance(self, keys: Keys) -> dict[str, int]:
+        """Return ``match`` as a dict from instance to matched blocks."""
+        matched = self.match(keys)
+        return {instance: int(matched[row]) for instance, row in self._rows.items()}
+
+    def blocks(self, instance: str) -> int:
+        """Return how many blocks the instance holds. O(1). Raises UnknownInstance."""
+        return self._tree.blocks(self.row(instance))
+
+    def __len__(self) -> int:
+        """Return how many distinct blocks are held by at least one instance. O(1)."""
+        return self._tree.unique_blocks()
+
+    def __contains__(self, instance: object) -> bool:
+        """Return whether there is such an instance."""
+        return instance in self._rows
+
+    @property
+    def n_nodes(self) -> int:
+        """Nodes of the tree; a function of the content, so it shrinks when the content does."""
+        return self._tree.nodes()
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes by part, allocated size, with their sum under ``"total"``."""
+        return self._tree.memory()
+
+    def check(self) -> None:
+        """Verify every invariant of the tree; AssertionError names the broken one. O(everything)."""
+        self._tree.check()
+
+    def dump(self) -> str:
+        """Return the tree as text: a line per node with depth, blocks, keys and holders."""
+        lines = [f"{len(self)} blocks in {self.n_nodes} nodes, {len(self._rows)} instances"]
+        for depth, keys, rows, start in self._walk():
+            names = ", ".join(str(self._names[row]) for row in rows) or "(no holder)"
+            shown = " ".join(f"{key:016x}" for key in keys[:3]) + (" ..." if len(keys) > 3 else "")
+            lines.append(f"{'  ' * depth}[{start}:{start + len(keys)}] {shown} | {names}")
+        return "\n".join(lines)
+
+    def _walk(self) -> Iterable[tuple[int, list[int], list[int], int]]:
+        """Yield (depth in nodes, keys, holder rows, start in blocks) of every node, depth first."""
+        ends: list[int] = []
+        for start, keys, rows in self._tree.edges():
+            while ends and ends[-1] > start:
+                ends.pop()
+            yield len(ends), keys, rows, start
+            ends.append(start + len(keys))
+
+    def _row_of(self, instance: str, kind: str) -> int:
+        row = self.row(instance)
+        if self._kind[instance] != kind:
+            raise InvalidArgument(f"instance {instance!r} is {self._kind[instance]}; this needs a {kind} one")
+        return row

@@ -1,0 +1,1 @@
+"""A trace: requests as columns, prompts as chained block ids."""
