@@ -1,0 +1,366 @@
+// The prefix index: which rows hold which prefix. One writer or many readers at a time.
+//
+// D: blocks in the argument, W: rows that hold a part of the path, N: nodes of the tree.
+#pragma once
+
+#include <mutex>
+#include <shared_mutex>
+
+#include "prefix_tree.hpp"
+
+namespace mulsched {
+
+class PrefixIndex {
+ public:
+  static constexpr std::int64_t kUnknownParent = -1;
+
+  void add_row(Row row, std::int64_t capacity, bool named) {
+    const std::unique_lock lock(mutex_);
+    if (row >= tree_.rows().size()) tree_.rows().resize(row + 1);
+    RowState& state = tree_.rows()[row];
+    state.used = true;
+    state.named = named;
+    state.capacity = capacity;
+  }
+
+  void remove_row(Row row) {
+    const std::unique_lock lock(mutex_);
+    drop_everything(row);
+    tree_.rows()[row] = RowState();
+    std::vector<RowState>& rows = tree_.rows();
+    while (!rows.empty() && !rows.back().used) rows.pop_back();
+    if (rows.size() * 4 < rows.capacity()) rows.shrink_to_fit();
+  }
+
+  void clear(Row row) {
+    const std::unique_lock lock(mutex_);
+    drop_everything(row);
+  }
+
+  void resize(Row row, std::int64_t capacity) {
+    const std::unique_lock lock(mutex_);
+    tree_.rows()[row].capacity = capacity;
+    evict(row);
+    tree_.settle();
+  }
+
+  // O(D + W) amortised.
+  std::int64_t store(Row row, const Key* keys, std::size_t n_keys) {
+    const std::unique_lock lock(mutex_);
+    segments_.clear();
+    const std::int64_t newly = hold(row, kRoot, 0, keys, n_keys);
+    if (tree_.rows()[row].bounded()) {
+      // deepest first, so that the tail of the path leaves before its head
+      for (auto segment = segments_.rbegin(); segment != segments_.rend(); ++segment)
+        tree_.move_to_newest(segment->node, row);
+      evict(row);
+    }
+    tree_.settle();
+    return newly;
+  }
+
+  // has_parent false: the blocks start the prompt. O(D + W) amortised.
+  std::int64_t store_named(Row row, bool has_parent, std::uint64_t parent, const std::uint64_t* hashes,
+                           const Key* keys, std::size_t n_keys) {
+    const std::unique_lock lock(mutex_);
+    NodeId node = kRoot;
+    std::uint32_t offset = 0;
+    if (has_parent) {
+      const BlockId block = tree_.rows()[row].names.find(parent);
+      if (block == FlatMap::kAbsent) return kUnknownParent;
+      node = tree_.block_node(block);
+      offset = tree_.block_offset(block) + 1;
+    }
+    const std::int64_t newly = claim_names(row, hashes, n_keys)
+                                   ? store_new_names(row, node, offset, hashes, keys, n_keys)
+                                   : store_one_by_one(row, node, offset, hashes, keys, n_keys);
+    tree_.settle();
+    return newly;
+  }
+
+  // How many names were known. O(1) a block, and the blocks that follow it on its edge.
+  std::int64_t remove_named(Row row, const std::uint64_t* hashes, std::size_t n_hashes) {
+    const std::unique_lock lock(mutex_);
+    std::int64_t known = 0;
+    std::vector<BlockId> dropped;
+    for (std::size_t i = 0; i < n_hashes; ++i) {
+      const BlockId block = tree_.rows()[row].names.erase(hashes[i]);
+      if (block == FlatMap::kAbsent) continue;
+      ++known;
+      if (tree_.drop_name(row, block)) dropped.push_back(block);
+    }
+    drop_blocks(row, dropped);
+    tree_.settle();
+    return known;
+  }
+
+  std::int64_t discard(Row row, const Key* keys, std::size_t n_keys, std::size_t start) {
+    const std::unique_lock lock(mutex_);
+    const std::int64_t before = tree_.rows()[row].blocks;
+    NodeId node = kRoot;
+    for (std::size_t at = 0; at < n_keys;) {
+      node = tree_.child(node, keys[at]);
+      if (node == kNone) break;
+      const std::vector<Key>& edge = tree_.node(node).keys;
+      const std::uint32_t length = tree_.node(node).length();
+      const std::uint32_t matched = common_prefix(edge.data(), length, keys + at, n_keys - at);
+      const std::size_t next = at + matched;
+      if (next > start && tree_.holds(node, row)) {
+        if (matched < length) tree_.split(node, matched);
+        if (at < start) node = tree_.split(node, static_cast<std::uint32_t>(start - at));
+        tree_.drop_holder(node, row);
+      }
+      if (matched < length) break;
+      at = next;
+    }
+    tree_.settle();
+    return before - tree_.rows()[row].blocks;
+  }
+
+  // out[row] = leading blocks of keys that the row holds, for n_out rows. O(D + W * nodes on the path).
+  void match(const Key* keys, std::size_t n_keys, std::int64_t* out, std::size_t n_out) const noexcept {
+    const std::shared_lock lock(mutex_);
+    match_unlocked(keys, n_keys, out, n_out);
+  }
+
+  // match, and the block count of every row, from the same state.
+  void match_and_count(const Key* keys, std::size_t n_keys, std::int64_t* matched, std::int64_t* blocks,
+                       std::size_t n_out) const noexcept {
+    const std::shared_lock lock(mutex_);
+    match_unlocked(keys, n_keys, matched, n_out);
+    for (std::size_t row = 0; row < n_out; ++row)
+      blocks[row] = row < tree_.rows().size() ? tree_.rows()[row].blocks : 0;
+  }
+
+  std::int64_t blocks(Row row) const {
+    const std::shared_lock lock(mutex_);
+    return tree_.rows()[row].blocks;
+  }
+
+  std::int64_t unique_blocks() const {
+    const std::shared_lock lock(mutex_);
+    return tree_.unique_blocks();
+  }
+
+  std::size_t nodes() const {
+    const std::shared_lock lock(mutex_);
+    return tree_.live_nodes();
+  }
+
+  PrefixTree::Memory memory() const {
+    const std::shared_lock lock(mutex_);
+    return tree_.memory();
+  }
+
+  std::string check() const {
+    const std::shared_lock lock(mutex_);
+    return tree_.check();
+  }
+
+  struct Edge {
+    std::uint32_t start;
+    std::vector<Key> keys;
+    std::vector<Row> rows;
+  };
+
+  std::vector<Edge> edges() const {
+    const std::shared_lock lock(mutex_);
+    std::vector<Edge> all;
+    tree_.for_each_node([&all](NodeId, const Node& n) {
+      Edge edge{n.start, n.keys, {}};
+      for (const Holder& holder : n.holders) edge.rows.push_back(holder.row);
+      all.push_back(std::move(edge));
+    });
+    return all;
+  }
+
+  // Key paths of the nodes that the row holds; for a bounded row the next to leave comes first, for others
+  // they are sorted.
+  std::vector<std::vector<Key>> lru(Row row) const {
+    const std::shared_lock lock(mutex_);
+    std::vector<std::vector<Key>> paths;
+    tree_.for_each_held(row, [&](NodeId id) {
+      std::vector<Key> path;
+      for (NodeId up = id; up != kRoot; up = tree_.node(up).parent)
+        path.insert(path.begin(), tree_.node(up).keys.begin(), tree_.node(up).keys.end());
+      paths.push_back(std::move(path));
+    });
+    if (!tree_.rows()[row].bounded()) std::sort(paths.begin(), paths.end());
+    return paths;
+  }
+
+ private:
+  // A stretch of a stored path: `count` blocks of `node` from `from` on.
+  struct Segment {
+    NodeId node;
+    std::uint32_t from, count;
+    bool held_before;
+  };
+
+  void match_unlocked(const Key* keys, std::size_t n_keys, std::int64_t* out, std::size_t n_out) const noexcept {
+    std::fill(out, out + n_out, 0);
+    NodeId id = kRoot;
+    for (std::size_t at = 0; at < n_keys;) {
+      id = tree_.child(id, keys[at]);
+      if (id == kNone) return;
+      const Node& node = tree_.node(id);
+      const std::uint32_t matched = common_prefix(node.keys.data(), node.length(), keys + at, n_keys - at);
+      const auto start = static_cast<std::int64_t>(at), reached = start + matched;
+      bool anyone = false;
+      for (const Holder& holder : node.holders) {
+        // a row that missed an earlier block stays where it stopped
+        if (holder.row < n_out && out[holder.row] == start) {
+          out[holder.row] = reached;
+          anyone = true;
+        }
+      }
+      if (!anyone || matched < node.length()) return;
+      at += matched;
+    }
+  }
+
+  // Makes the row hold the path `keys` that goes on after `offset` blocks of `id`; appends the path to
+  // segments_ and returns how many blocks are new to the row. Splits where holdings, or for a bounded row
+  // recency, come to differ.
+  std::int64_t hold(Row row, NodeId id, std::uint32_t offset, const Key* keys, std::size_t n_keys) {
+    const bool bounded = tree_.rows()[row].bounded();
+    std::int64_t newly = 0;
+    for (std::size_t at = 0; at < n_keys;) {
+      if (offset == tree_.node(id).length()) {
+        const NodeId next = tree_.child(id, keys[at]);
+        if (next == kNone) {
+          id = tree_.add_leaf(id, keys + at, n_keys - at);
+          tree_.add_holder(id, row);
+          segments_.push_back({id, 0, tree_.node(id).length(), false});
+          return newly + static_cast<std::int64_t>(n_keys - at);
+        }
+        id = next;
+        offset = 0;
+      }
+      const std::uint32_t length = tree_.node(id).length();
+      const std::uint32_t matched =
+          common_prefix(tree_.node(id).keys.data() + offset, length - offset, keys + at, n_keys - at);
+      if (matched == 0) {  // only inside an edge: the path leaves it right here
+        tree_.split(id, offset);
+        continue;
+      }
+      const bool held = tree_.holds(id, row);
+      const bool leaves_edge = offset + matched < length && at + matched < n_keys;
+      if (offset + matched < length && (!held || bounded || leaves_edge)) tree_.split(id, offset + matched);
+      if (!held) {
+        if (offset > 0) {
+          id = tree_.split(id, offset);
+          offset = 0;
+        }
+        tree_.add_holder(id, row);
+        newly += matched;
+      }
+      segments_.push_back({id, offset, matched, held});
+      at += matched;
+      offset += matched;
+    }
+    return newly;
+  }
+
+  void evict(Row row) {
+    const RowState& state = tree_.rows()[row];
+    while (state.blocks > state.capacity) {
+      const std::int64_t excess = state.blocks - state.capacity;
+      NodeId oldest = state.head;
+      const std::uint32_t length = tree_.node(oldest).length();
+      if (excess < length) oldest = tree_.split(oldest, length - static_cast<std::uint32_t>(excess));
+      tree_.drop_holder(oldest, row);
+    }
+  }
+
+  void drop_everything(Row row) {
+    RowState& state = tree_.rows()[row];
+    while (state.head != kNone) tree_.drop_holder(state.head, row);
+    state.names.clear();
+    state.extra_names.clear();
+    tree_.settle();
+  }
+
+  // Enters hashes that are all unknown to the row and all different, without a block yet. False, and
+  // nothing changed, if some is known or occurs twice.
+  bool claim_names(Row row, const std::uint64_t* hashes, std::size_t n_hashes) {
+    FlatMap& names = tree_.rows()[row].names;
+    for (std::size_t i = 0; i < n_hashes; ++i)
+      if (names.find(hashes[i]) != FlatMap::kAbsent) return false;
+    for (std::size_t i = 0; i < n_hashes; ++i) {
+      if (names.set(hashes[i], kClaimed) == FlatMap::kAbsent) continue;
+      for (std::size_t j = 0; j < i; ++j) names.erase(hashes[j]);
+      return false;
+    }
+    return true;
+  }
+
+  std::int64_t store_new_names(Row row, NodeId node, std::uint32_t offset, const std::uint64_t* hashes,
+                               const Key* keys, std::size_t n_keys) {
+    segments_.clear();
+    const std::int64_t newly = hold(row, node, offset, keys, n_keys);
+    for (const Segment& segment : segments_) {
+      tree_.give_ids(segment.node);
+      for (std::uint32_t i = 0; i < segment.count; ++i, ++hashes)
+        name(row, *hashes, tree_.node(segment.node).ids[segment.from + i], segment.held_before);
+    }
+    return newly;
+  }
+
+  // The general case: a name may move here from another block, even one of this path.
+  std::int64_t store_one_by_one(Row row, NodeId node, std::uint32_t offset, const std::uint64_t* hashes,
+                                const Key* keys, std::size_t n_keys) {
+    std::int64_t newly = 0;
+    for (std::size_t i = 0; i < n_keys; ++i) {
+      segments_.clear();
+      newly += hold(row, node, offset, keys + i, 1);
+      const Segment segment = segments_.front();
+      tree_.give_ids(segment.node);
+      const BlockId block = tree_.node(segment.node).ids[segment.from];
+      const BlockId old = tree_.rows()[row].names.find(hashes[i]);
+      if (old != block) {
+        name(row, hashes[i], block, segment.held_before);
+        if (old != FlatMap::kAbsent && tree_.drop_name(row, old)) drop_blocks(row, {old});
+      }
+      node = tree_.block_node(block);  // dropping the old block may have split this one's edge
+      offset = tree_.block_offset(block) + 1;
+    }
+    return newly;
+  }
+
+  void name(Row row, std::uint64_t hash, BlockId block, bool has_names) {
+    RowState& state = tree_.rows()[row];
+    state.names.set(hash, block);
+    if (!has_names) return;
+    const std::uint32_t more = state.extra_names.find(block);
+    state.extra_names.set(block, more == FlatMap::kAbsent ? 1 : more + 1);
+  }
+
+  // The row stops holding these blocks. Runs of neighbours go together, the deepest first, so that
+  // cutting an edge leaves the offsets above the cut as they are.
+  void drop_blocks(Row row, std::vector<BlockId> blocks) {
+    std::sort(blocks.begin(), blocks.end(), [this](BlockId a, BlockId b) {
+      const NodeId node_a = tree_.block_node(a), node_b = tree_.block_node(b);
+      return node_a != node_b ? node_a < node_b : tree_.block_offset(a) > tree_.block_offset(b);
+    });
+    for (std::size_t i = 0; i < blocks.size();) {
+      NodeId node = tree_.block_node(blocks[i]);
+      const std::uint32_t last = tree_.block_offset(blocks[i]);
+      std::uint32_t first = last;
+      for (++i; i < blocks.size() && tree_.block_node(blocks[i]) == node &&
+                tree_.block_offset(blocks[i]) + 1 == first; ++i)
+        --first;
+      if (last + 1 < tree_.node(node).length()) tree_.split(node, last + 1);
+      if (first > 0) node = tree_.split(node, first);
+      tree_.drop_holder(node, row);
+    }
+  }
+
+  static constexpr BlockId kClaimed = kNone - 1;
+
+  mutable std::shared_mutex mutex_;
+  PrefixTree tree_;
+  std::vector<Segment> segments_;  // of the path being stored; kept to spare the allocation
+};
+
+}  // namespace mulsched

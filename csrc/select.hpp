@@ -1,0 +1,112 @@
+// Columns of the candidates, and the fused pick for scores that are a product or a weighted sum of them.
+//
+// The arithmetic is that of mulsched/scorers.py, operation for operation and in the same order, so that the
+// result is the same to the last bit (compiled with -ffp-contract=off).
+#pragma once
+
+#include <cmath>
+
+#include "prefix_index.hpp"
+
+namespace mulsched {
+
+// Order of mulsched.indicators.COLUMNS.
+enum Column : std::size_t {
+  kMatchedBlocks,
+  kHitTokens,
+  kNewPrefillTokens,
+  kQueuedPrefillTokens,
+  kPTokens,
+  kRunning,
+  kWaiting,
+  kBatchSize,
+  kContextTokens,
+  kCachedBlocks,
+  kLastChosen,
+  kColumns,
+};
+
+// Order of mulsched.load.LOAD_COLUMNS.
+enum LoadColumn : std::size_t { kLoadQueued, kLoadRunning, kLoadWaiting, kLoadContext, kLoadLastChosen, kLoadColumns };
+
+// Row-aligned columns, column after column.
+struct LoadView {
+  const std::int64_t* data;
+  std::size_t n_rows;
+  const std::int64_t* column(LoadColumn c) const noexcept { return data + c * n_rows; }
+};
+
+// Fills out, kColumns columns of n entries, for the candidate rows (each < load.n_rows). in_flight, if there
+// is one, holds the prefixes of requests without a first token; they count as cached. scratch is resized to
+// what is needed.
+inline void fill_columns(const PrefixIndex& index, const PrefixIndex* in_flight, const Key* keys,
+                         std::size_t n_keys, std::int64_t prompt_tokens, std::int64_t block_size,
+                         const std::int64_t* rows, std::size_t n, const LoadView& load, std::int64_t* out,
+                         std::vector<std::int64_t>& scratch) {
+  scratch.resize(3 * load.n_rows);
+  std::int64_t* matched = scratch.data();
+  std::int64_t* blocks = matched + load.n_rows;
+  index.match_and_count(keys, n_keys, matched, blocks, load.n_rows);
+  if (in_flight != nullptr) {
+    std::int64_t* coming = blocks + load.n_rows;
+    in_flight->match(keys, n_keys, coming, load.n_rows);
+    for (std::size_t row = 0; row < load.n_rows; ++row) matched[row] = std::max(matched[row], coming[row]);
+  }
+  // the engine computes the last token again, whatever it has cached
+  const std::int64_t most = (prompt_tokens - 1) / block_size * block_size;
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto row = static_cast<std::size_t>(rows[i]);
+    const std::int64_t hit = std::min(matched[row] * block_size, most);
+    const std::int64_t queued = load.column(kLoadQueued)[row];
+    const std::int64_t running = load.column(kLoadRunning)[row], waiting = load.column(kLoadWaiting)[row];
+    out[kMatchedBlocks * n + i] = matched[row];
+    out[kHitTokens * n + i] = hit;
+    out[kNewPrefillTokens * n + i] = prompt_tokens - hit;
+    out[kQueuedPrefillTokens * n + i] = queued;
+    out[kPTokens * n + i] = queued + prompt_tokens - hit;
+    out[kRunning * n + i] = running;
+    out[kWaiting * n + i] = waiting;
+    out[kBatchSize * n + i] = running + waiting + 1;
+    out[kContextTokens * n + i] = load.column(kLoadContext)[row];
+    out[kCachedBlocks * n + i] = blocks[row];
+    out[kLastChosen * n + i] = load.column(kLoadLastChosen)[row];
+  }
+}
+
+// A score that the native core can compute: a product of columns (no weights) or a weighted sum.
+struct FusedScore {
+  std::vector<std::size_t> columns;
+  std::vector<double> weights;
+};
+
+inline constexpr std::ptrdiff_t kNotFinite = -1;
+
+// Scores the n candidates of a filled table and returns the position of the smallest score; among equals
+// that of the smallest batch, then the least recently chosen, then the first. kNotFinite if a score is not.
+inline std::ptrdiff_t score_and_pick(const FusedScore& score, const std::int64_t* table, std::size_t n,
+                                     double* scores) noexcept {
+  const std::int64_t* batch = table + kBatchSize * n;
+  const std::int64_t* last_chosen = table + kLastChosen * n;
+  std::size_t best = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    double value;
+    if (score.weights.empty()) {
+      value = static_cast<double>(table[score.columns[0] * n + i]);
+      for (std::size_t k = 1; k < score.columns.size(); ++k)
+        value *= static_cast<double>(table[score.columns[k] * n + i]);
+    } else {
+      value = 0.0;
+      for (std::size_t k = 0; k < score.columns.size(); ++k)
+        value += score.weights[k] * static_cast<double>(table[score.columns[k] * n + i]);
+    }
+    if (!std::isfinite(value)) return kNotFinite;
+    scores[i] = value;
+    if (value > scores[best]) continue;
+    if (value < scores[best] || batch[i] < batch[best] ||
+        (batch[i] == batch[best] && last_chosen[i] < last_chosen[best]))
+      best = i;
+  }
+  return static_cast<std::ptrdiff_t>(best);
+}
+
+}  // namespace mulsched

@@ -1,0 +1,209 @@
+// Stress test of the native core without Python: random operations against sets of prefixes, then readers
+// beside a writer. Built by CI with -fsanitize=address,undefined and with -fsanitize=thread.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "select.hpp"
+#include "xxh3.hpp"
+
+namespace {
+
+using mulsched::Key;
+using mulsched::PrefixIndex;
+using Path = std::vector<Key>;
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "stress: %s\n", what);
+  std::exit(1);
+}
+
+// What a row must hold, without a tree.
+struct Model {
+  bool named = false;
+  std::int64_t capacity = -1;
+  std::vector<Path> order;               // bounded and unbounded rows: the next to leave first
+  std::map<std::uint64_t, Path> names;   // named rows
+
+  std::set<Path> held() const {
+    std::set<Path> all(order.begin(), order.end());
+    for (const auto& [hash, path] : names) all.insert(path);
+    return all;
+  }
+  void drop(const Path& path) { order.erase(std::remove(order.begin(), order.end(), path), order.end()); }
+  void store(const Path& path) {
+    for (std::size_t n = path.size(); n > 0; --n) {
+      const Path prefix(path.begin(), path.begin() + static_cast<std::ptrdiff_t>(n));
+      drop(prefix);
+      order.push_back(prefix);
+    }
+    while (capacity >= 0 && static_cast<std::int64_t>(order.size()) > capacity) order.erase(order.begin());
+  }
+};
+
+Path random_path(std::mt19937_64& rng, std::size_t longest) {
+  Path path(rng() % (longest + 1));
+  for (Key& key : path) key = rng() % 3;
+  return path;
+}
+
+void compare(const PrefixIndex& index, const std::vector<Model>& models, const Path& path) {
+  std::vector<std::int64_t> matched(models.size());
+  index.match(path.data(), path.size(), matched.data(), matched.size());
+  std::set<Path> anywhere;
+  for (std::size_t row = 0; row < models.size(); ++row) {
+    const std::set<Path> held = models[row].held();
+    anywhere.insert(held.begin(), held.end());
+    std::int64_t expected = 0;
+    for (std::size_t n = 1; n <= path.size(); ++n, ++expected)
+      if (held.count(Path(path.begin(), path.begin() + static_cast<std::ptrdiff_t>(n))) == 0) break;
+    require(matched[row] == expected, "match differs from the model");
+    require(index.blocks(static_cast<mulsched::Row>(row)) == static_cast<std::int64_t>(held.size()),
+            "block count differs from the model");
+  }
+  require(index.unique_blocks() == static_cast<std::int64_t>(anywhere.size()), "unique blocks differ");
+  const std::string broken = index.check();
+  require(broken.empty(), broken.c_str());
+}
+
+void against_model(std::uint64_t seed, int steps) {
+  std::mt19937_64 rng(seed);
+  PrefixIndex index;
+  std::vector<Model> models(6);
+  for (std::size_t row = 0; row < models.size(); ++row) {
+    models[row].named = row >= 4;
+    models[row].capacity = row < 2 ? static_cast<std::int64_t>(1 + rng() % 8) : -1;
+    index.add_row(static_cast<mulsched::Row>(row), models[row].capacity, models[row].named);
+  }
+  for (int step = 0; step < steps; ++step) {
+    const std::size_t at = rng() % models.size();
+    const auto row = static_cast<mulsched::Row>(at);
+    Model& model = models[at];
+    const Path path = random_path(rng, 7);
+    switch (rng() % 8) {
+      case 0:
+      case 1:
+      case 2:
+        if (model.named) {
+          std::vector<std::uint64_t> hashes(path.size());
+          for (std::uint64_t& hash : hashes) hash = rng() % 12;
+          const std::uint64_t parent = rng() % 12;
+          const bool has_parent = rng() % 2 == 0;
+          const auto found = model.names.find(parent);
+          const std::int64_t stored =
+              index.store_named(row, has_parent, parent, hashes.data(), path.data(), path.size());
+          require((stored == PrefixIndex::kUnknownParent) == (has_parent && found == model.names.end()),
+                  "parent");
+          if (stored == PrefixIndex::kUnknownParent) break;
+          Path prefix = has_parent ? found->second : Path();
+          for (std::size_t i = 0; i < path.size(); ++i) {
+            prefix.push_back(path[i]);
+            model.names[hashes[i]] = prefix;
+          }
+        } else {
+          index.store(row, path.data(), path.size());
+          model.store(path);
+        }
+        break;
+      case 3:
+      case 4:
+        if (model.named) {
+          const std::uint64_t hash = rng() % 12;
+          index.remove_named(row, &hash, 1);
+          model.names.erase(hash);
+        } else {
+          const std::size_t start = path.empty() ? 0 : rng() % path.size();
+          index.discard(row, path.data(), path.size(), start);
+          for (std::size_t n = start + 1; n <= path.size(); ++n)
+            model.drop(Path(path.begin(), path.begin() + static_cast<std::ptrdiff_t>(n)));
+        }
+        break;
+      case 5:
+        if (model.capacity < 0) break;
+        model.capacity = static_cast<std::int64_t>(1 + rng() % 8);
+        index.resize(row, model.capacity);
+        model.store({});
+        break;
+      case 6:
+        if (rng() % 8 != 0) break;
+        index.clear(row);
+        model.order.clear();
+        model.names.clear();
+        break;
+      default:
+        if (rng() % 16 != 0) break;
+        index.remove_row(row);
+        index.add_row(row, model.capacity, model.named);
+        model.order.clear();
+        model.names.clear();
+    }
+    compare(index, models, random_path(rng, 8));
+  }
+  for (std::size_t row = 0; row < models.size(); ++row) index.remove_row(static_cast<mulsched::Row>(row));
+  require(index.nodes() == 0 && index.unique_blocks() == 0, "an empty index has nodes");
+}
+
+// Many readers beside a writer; each answer must be one that some state of the index gives.
+void readers_and_a_writer() {
+  PrefixIndex index;
+  constexpr std::size_t n_rows = 65, n_keys = 200;
+  Path path(n_keys);
+  for (std::size_t i = 0; i < n_keys; ++i) path[i] = i * 0x9E3779B97F4A7C15;
+  for (mulsched::Row row = 0; row < n_rows; ++row) index.add_row(row, 150, false);
+  std::atomic<bool> done{false};
+  std::vector<std::thread> readers;
+  for (int reader = 0; reader < 3; ++reader)
+    readers.emplace_back([&] {
+      const std::vector<std::int64_t> load(mulsched::kLoadColumns * n_rows, 1);
+      std::vector<std::int64_t> rows(n_rows), table(mulsched::kColumns * n_rows), scratch;
+      std::vector<double> scores(n_rows);
+      for (std::size_t row = 0; row < n_rows; ++row) rows[row] = static_cast<std::int64_t>(row);
+      const mulsched::FusedScore product{{mulsched::kPTokens, mulsched::kBatchSize}, {}};
+      while (!done) {
+        mulsched::fill_columns(index, nullptr, path.data(), n_keys, 3201, 16, rows.data(), n_rows,
+                               {load.data(), n_rows}, table.data(), scratch);
+        for (std::size_t row = 0; row < n_rows; ++row)
+          require(table[row] <= 150 && table[mulsched::kNewPrefillTokens * n_rows + row] >= 1, "a torn read");
+        require(mulsched::score_and_pick(product, table.data(), n_rows, scores.data()) >= 0, "no pick");
+      }
+    });
+  std::mt19937_64 rng(7);
+  for (int step = 0; step < 2000; ++step) {
+    const auto row = static_cast<mulsched::Row>(rng() % n_rows);
+    if (rng() % 8 == 0) {
+      index.clear(row);
+    } else {
+      index.store(row, path.data(), rng() % n_keys);
+    }
+  }
+  done = true;
+  for (std::thread& reader : readers) reader.join();
+  require(index.check().empty(), "broken after readers and a writer");
+}
+
+// Reads every length that takes another path through the hash, at odd addresses.
+void hash_all_lengths() {
+  std::vector<unsigned char> bytes(2200, 0x5A);
+  std::uint64_t sum = 0;
+  for (std::size_t length = 0; length <= 1100; ++length) {
+    // an exact copy, so that reading past the end is seen
+    const std::vector<unsigned char> exact(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(length));
+    sum ^= mulsched::xxh3_64(exact.data(), length, length) + mulsched::xxh3_64(bytes.data() + 1, length, 1);
+  }
+  require(sum != 0, "hash");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
+  hash_all_lengths();
+  for (int round = 0; round < rounds; ++round) against_model(static_cast<std::uint64_t>(round), 400);
+  readers_and_a_writer();
+  std::printf("stress: %d rounds agree with the model\n", rounds);
+}
