@@ -1,0 +1,524 @@
+"""The native core: a shim on csrc/ that checks buffers, owns memory and translates errors.
+
+The algorithms are in csrc/*.hpp; the readable twins in _prefix_index_py.py, _block_keys_py.py and
+_columns_py.py. The GIL is released for work beyond about 10 microseconds. A thread may wait for the index
+while it holds the GIL: the thread that has the index never asks for the GIL before it gives it back.
+"""
+
+from cpython.buffer cimport (
+    PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDED_RO, PyBUF_WRITABLE,
+    PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
+)
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.tuple cimport PyTuple_CheckExact
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+from libcpp cimport bool as cbool
+from libcpp.memory cimport unique_ptr
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+import operator
+
+import numpy as np
+
+from mulsched.errors import InvalidArgument, InvalidTokens, InvalidType
+
+cdef extern from *:
+    """
+    #ifndef MULSCHED_SOURCE_DIGEST
+    #define MULSCHED_SOURCE_DIGEST ""
+    #endif
+    """
+    const char* MULSCHED_SOURCE_DIGEST
+
+cdef extern from "xxh3.hpp" namespace "mulsched" nogil:
+    uint64_t c_xxh3_64 "mulsched::xxh3_64"(const void*, size_t, uint64_t) noexcept
+    void c_hash_blocks "mulsched::hash_blocks"(
+        const uint32_t*, size_t, size_t, uint64_t, uint64_t*) noexcept
+    size_t first_invalid[Token](const Token*, size_t) noexcept
+
+cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
+    cdef cppclass CMemory "mulsched::PrefixTree::Memory":
+        size_t nodes, edges, holders, blocks, names
+
+    cdef cppclass CEdge "mulsched::PrefixIndex::Edge":
+        uint32_t start
+        vector[uint64_t] keys
+        vector[uint32_t] rows
+
+    cdef cppclass CPrefixIndex "mulsched::PrefixIndex":
+        CPrefixIndex() except +
+        void add_row(uint32_t, int64_t, cbool) except +
+        void remove_row(uint32_t) except +
+        void resize(uint32_t, int64_t) except +
+        void clear(uint32_t) except +
+        int64_t store(uint32_t, const uint64_t*, size_t) except +
+        int64_t store_named(
+            uint32_t, cbool, uint64_t, const uint64_t*, const uint64_t*, size_t) except +
+        int64_t remove_named(uint32_t, const uint64_t*, size_t) except +
+        int64_t discard(uint32_t, const uint64_t*, size_t, size_t) except +
+        void match(const uint64_t*, size_t, int64_t*, size_t) noexcept
+        int64_t blocks(uint32_t) except +
+        int64_t unique_blocks() except +
+        size_t nodes() except +
+        CMemory memory() except +
+        string check() except +
+        vector[CEdge] edges() except +
+        vector[vector[uint64_t]] lru(uint32_t) except +
+
+cdef extern from "select.hpp" namespace "mulsched" nogil:
+    const size_t kColumns
+    const size_t kLoadColumns
+
+    cdef cppclass CLoadView "mulsched::LoadView":
+        const int64_t* data
+        size_t n_rows
+
+    cdef cppclass CFusedScore "mulsched::FusedScore":
+        vector[size_t] columns
+        vector[double] weights
+
+    void c_fill_columns "mulsched::fill_columns"(
+        const CPrefixIndex&, const CPrefixIndex*, const uint64_t*, size_t, int64_t, int64_t,
+        const int64_t*, size_t, const CLoadView&, int64_t*, vector[int64_t]&) except +
+    Py_ssize_t c_score_and_pick "mulsched::score_and_pick"(
+        const CFusedScore&, const int64_t*, size_t, double*) noexcept
+
+SOURCE_DIGEST = (<bytes> MULSCHED_SOURCE_DIGEST).decode()
+"""Digest of the sources this module was built from; tests/test_build.py compares it with the checkout."""
+
+cdef object new_array = np.empty
+cdef object uint64_dtype = np.dtype(np.uint64)
+
+# Below these sizes the work takes less than about 10 us and giving up the GIL costs more than it brings.
+cdef size_t HASH_BYTES_WITH_GIL = 64 * 1024
+cdef size_t STORE_BLOCKS_WITH_GIL = 256
+
+
+# -- block keys -----------------------------------------------------------------------------------------
+
+def xxh3_64(data, uint64_t seed):
+    """Return XXH3-64 of a bytes-like object."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        return c_xxh3_64(view.buf, <size_t> view.len, seed)
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef object keys_of(const uint32_t* tokens, size_t n_tokens, size_t block_size, uint64_t seed):
+    cdef size_t n_blocks = n_tokens // block_size
+    cdef Py_buffer out
+    keys = new_array(n_blocks, uint64_dtype)
+    PyObject_GetBuffer(keys, &out, PyBUF_WRITABLE)
+    if n_tokens * sizeof(uint32_t) > HASH_BYTES_WITH_GIL:
+        with nogil:
+            c_hash_blocks(tokens, n_blocks, block_size, seed, <uint64_t*> out.buf)
+    else:
+        c_hash_blocks(tokens, n_blocks, block_size, seed, <uint64_t*> out.buf)
+    PyBuffer_Release(&out)
+    return keys
+
+
+cdef int raise_invalid_token(object token, size_t position) except -1:
+    raise InvalidTokens(f"tokens must lie in 0..2**32-1, got {token} at position {position}")
+
+
+cdef int convert_token(object token, size_t position, uint32_t* out) except -1:
+    """The slow way, for what is not exactly an int."""
+    if isinstance(token, bool) or not hasattr(token, "__index__"):
+        raise InvalidType(f"tokens must be integers, got {type(token).__name__} at position {position}")
+    index = operator.index(token)
+    if not 0 <= index < 2**32:
+        raise_invalid_token(index, position)
+    out[0] = <uint32_t> index
+    return 0
+
+
+cdef object hash_sequence(object tokens, size_t block_size, uint64_t seed):
+    # a tuple, so that nothing that __index__ does can change what is being read
+    cdef tuple items = tokens if PyTuple_CheckExact(tokens) else tuple(tokens)
+    cdef size_t n = len(items), i
+    cdef long long value
+    cdef int overflow = 0
+    cdef uint32_t* words = <uint32_t*> PyMem_Malloc(n * sizeof(uint32_t))
+    if words == NULL:
+        raise MemoryError()
+    try:
+        for i in range(n):
+            token = items[i]
+            if PyLong_CheckExact(token):
+                value = PyLong_AsLongLongAndOverflow(token, &overflow)
+                if overflow != 0 or value < 0 or value > 0xFFFFFFFF:
+                    raise_invalid_token(token, i)
+                words[i] = <uint32_t> value
+            else:
+                convert_token(token, i, &words[i])
+        return keys_of(words, n, block_size, seed)
+    finally:
+        PyMem_Free(words)
+
+
+ctypedef fused Token:
+    int32_t
+    uint32_t
+    int64_t
+    uint64_t
+
+
+cdef object hash_words(Token* tokens, size_t n, size_t block_size, uint64_t seed):
+    """Hash contiguous tokens: 4 bytes each in place, 8 bytes each by way of a copy."""
+    cdef size_t invalid = first_invalid(tokens, n), i
+    cdef uint32_t* words
+    if invalid < n:
+        raise_invalid_token(tokens[invalid], invalid)
+    if sizeof(Token) == sizeof(uint32_t):
+        return keys_of(<const uint32_t*> tokens, n, block_size, seed)
+    words = <uint32_t*> PyMem_Malloc(n * sizeof(uint32_t))
+    if words == NULL:
+        raise MemoryError()
+    try:
+        for i in range(n):
+            words[i] = <uint32_t> tokens[i]
+        return keys_of(words, n, block_size, seed)
+    finally:
+        PyMem_Free(words)
+
+
+def hash_blocks(tokens, size_t block_size, uint64_t seed):
+    """Return the key of each whole block; see ``mulsched.block_keys``."""
+    cdef Py_buffer view
+    cdef size_t n
+    cdef char kind
+    if isinstance(tokens, (list, tuple)):
+        return hash_sequence(tokens, block_size, seed)
+    if not PyObject_CheckBuffer(tokens):
+        raise InvalidType(
+            f"tokens must be a list, tuple, array or buffer of integers, got {type(tokens).__name__}")
+    PyObject_GetBuffer(tokens, &view, PyBUF_STRIDED_RO | PyBUF_FORMAT)
+    try:
+        if view.ndim != 1:
+            raise InvalidArgument(f"tokens must have one dimension, got {view.ndim}")
+        kind = integer_kind(&view)
+        if kind == 0:
+            raise InvalidType("tokens must be 32-bit or 64-bit native integers, got buffer format "
+                              f"{'B' if view.format == NULL else view.format.decode()!r}")
+        n = <size_t> view.shape[0]
+        if n > 0 and view.strides[0] != view.itemsize:
+            return hash_blocks(np.ascontiguousarray(tokens), block_size, seed)
+        if view.itemsize == 4:
+            if kind == c"i":
+                return hash_words[int32_t](<int32_t*> view.buf, n, block_size, seed)
+            return hash_words[uint32_t](<uint32_t*> view.buf, n, block_size, seed)
+        if kind == c"i":
+            return hash_words[int64_t](<int64_t*> view.buf, n, block_size, seed)
+        return hash_words[uint64_t](<uint64_t*> view.buf, n, block_size, seed)
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef char integer_kind(const Py_buffer* view) noexcept:
+    """'i' for signed, 'u' for unsigned native integers of 4 or 8 bytes, 0 for anything else."""
+    cdef const char* code = view.format
+    if code == NULL or (view.itemsize != 4 and view.itemsize != 8):
+        return 0
+    if code[0] == c"@" or code[0] == c"=" or code[0] == c"<":  # the build insists on little-endian
+        code += 1
+    if code[0] == 0 or code[1] != 0:
+        return 0
+    if code[0] in (c"i", c"l", c"q"):
+        return c"i"
+    if code[0] in (c"I", c"L", c"Q"):
+        return c"u"
+    return 0
+
+
+def hash_text_blocks(str text, Py_ssize_t block_chars, uint64_t seed):
+    """Return the key of each whole block of characters; see ``mulsched.text_block_keys``."""
+    cdef bytes encoded = text.encode()
+    cdef const unsigned char* start = encoded
+    cdef const unsigned char* at = start
+    cdef Py_ssize_t n_blocks = len(text) // block_chars, block, i
+    cdef Py_buffer out
+    keys = new_array(n_blocks, uint64_dtype)
+    PyObject_GetBuffer(keys, &out, PyBUF_WRITABLE)
+    for block in range(n_blocks):
+        start = at
+        if len(encoded) == len(text):  # ASCII: a byte is a character
+            at += block_chars
+        else:
+            for i in range(block_chars):
+                # the first byte tells how many follow
+                at += 1 if at[0] < 0x80 else 2 if at[0] < 0xE0 else 3 if at[0] < 0xF0 else 4
+        (<uint64_t*> out.buf)[block] = c_xxh3_64(start, <size_t> (at - start), seed)
+    PyBuffer_Release(&out)
+    return keys
+
+
+# -- prefix index ---------------------------------------------------------------------------------------
+
+cdef int get_words(object array, Py_buffer* view, int flags) except -1:
+    """Acquire a one-dimensional contiguous buffer of 8-byte items."""
+    PyObject_GetBuffer(array, view, flags | PyBUF_ND)
+    if view.itemsize != 8:
+        PyBuffer_Release(view)
+        raise ValueError(f"expected 8-byte items, got {view.itemsize}")
+    return 0
+
+
+cdef class PrefixIndex:
+    """The C++ prefix index; the interface is ``mulsched.prefix_index.Backend``."""
+
+    cdef unique_ptr[CPrefixIndex] index
+
+    def __cinit__(self):
+        self.index.reset(new CPrefixIndex())
+
+    def add_row(self, uint32_t row, int64_t capacity, cbool named):
+        """Start an empty row."""
+        self.index.get().add_row(row, capacity, named)
+
+    def remove_row(self, uint32_t row):
+        """Forget the row and everything it holds."""
+        with nogil:
+            self.index.get().remove_row(row)
+
+    def resize(self, uint32_t row, int64_t capacity):
+        """Change the capacity of a bounded row and evict down to it."""
+        with nogil:
+            self.index.get().resize(row, capacity)
+
+    def store(self, uint32_t row, keys):
+        """Hold the whole path on an unnamed row; return the blocks not held before."""
+        cdef Py_buffer path
+        cdef size_t n
+        cdef int64_t newly
+        get_words(keys, &path, PyBUF_SIMPLE)
+        try:
+            n = <size_t> path.shape[0]
+            if n > STORE_BLOCKS_WITH_GIL:
+                with nogil:
+                    newly = self.index.get().store(row, <const uint64_t*> path.buf, n)
+            else:
+                newly = self.index.get().store(row, <const uint64_t*> path.buf, n)
+        finally:
+            PyBuffer_Release(&path)
+        return newly
+
+    def store_named(self, uint32_t row, parent, hashes, keys):
+        """Append blocks after the one that parent names; return blocks newly held, -1: unknown parent."""
+        cdef Py_buffer path, names
+        cdef size_t n
+        cdef int64_t newly
+        cdef cbool has_parent = parent is not None
+        cdef uint64_t parent_hash = parent if has_parent else 0
+        get_words(keys, &path, PyBUF_SIMPLE)
+        try:
+            get_words(hashes, &names, PyBUF_SIMPLE)
+            try:
+                n = <size_t> path.shape[0]
+                if names.shape[0] != path.shape[0]:
+                    raise ValueError("as many hashes as keys expected")
+                if n > STORE_BLOCKS_WITH_GIL:
+                    with nogil:
+                        newly = self.index.get().store_named(
+                            row, has_parent, parent_hash, <const uint64_t*> names.buf,
+                            <const uint64_t*> path.buf, n)
+                else:
+                    newly = self.index.get().store_named(
+                        row, has_parent, parent_hash, <const uint64_t*> names.buf,
+                        <const uint64_t*> path.buf, n)
+            finally:
+                PyBuffer_Release(&names)
+        finally:
+            PyBuffer_Release(&path)
+        return newly
+
+    def remove_named(self, uint32_t row, hashes):
+        """Forget names; return how many were known."""
+        cdef Py_buffer names
+        cdef size_t n
+        cdef int64_t known
+        get_words(hashes, &names, PyBUF_SIMPLE)
+        try:
+            n = <size_t> names.shape[0]
+            if n > STORE_BLOCKS_WITH_GIL:
+                with nogil:
+                    known = self.index.get().remove_named(row, <const uint64_t*> names.buf, n)
+            else:
+                known = self.index.get().remove_named(row, <const uint64_t*> names.buf, n)
+        finally:
+            PyBuffer_Release(&names)
+        return known
+
+    def discard(self, uint32_t row, keys, size_t start):
+        """Stop holding blocks start and later of the path on an unnamed row; return how many were held."""
+        cdef Py_buffer path
+        cdef int64_t dropped
+        get_words(keys, &path, PyBUF_SIMPLE)
+        try:
+            dropped = self.index.get().discard(
+                row, <const uint64_t*> path.buf, <size_t> path.shape[0], start)
+        finally:
+            PyBuffer_Release(&path)
+        return dropped
+
+    def clear(self, uint32_t row):
+        """Hold nothing on this row."""
+        with nogil:
+            self.index.get().clear(row)
+
+    def match(self, keys, out):
+        """Write per row how many leading blocks of keys it holds."""
+        cdef Py_buffer path, matched
+        get_words(keys, &path, PyBUF_SIMPLE)
+        try:
+            get_words(out, &matched, PyBUF_WRITABLE)
+            self.index.get().match(<const uint64_t*> path.buf, <size_t> path.shape[0],
+                                   <int64_t*> matched.buf, <size_t> matched.shape[0])
+            PyBuffer_Release(&matched)
+        finally:
+            PyBuffer_Release(&path)
+
+    def blocks(self, uint32_t row):
+        """Return how many blocks the row holds."""
+        return self.index.get().blocks(row)
+
+    def unique_blocks(self):
+        """Return how many blocks are held by at least one row."""
+        return self.index.get().unique_blocks()
+
+    def nodes(self):
+        """Return how many nodes the tree has, the root not counted."""
+        return self.index.get().nodes()
+
+    def memory(self):
+        """Return bytes allocated, by part."""
+        cdef CMemory m = self.index.get().memory()
+        return {"nodes": m.nodes, "edges": m.edges, "holders": m.holders, "blocks": m.blocks,
+                "names": m.names, "total": m.nodes + m.edges + m.holders + m.blocks + m.names}
+
+    def check(self):
+        """Raise AssertionError with the number of an invariant that does not hold."""
+        cdef string broken = self.index.get().check()
+        if not broken.empty():
+            raise AssertionError(broken.decode())
+
+    def edges(self):
+        """Return every node in depth-first order: (start depth, keys, holder rows)."""
+        cdef vector[CEdge] edges = self.index.get().edges()
+        cdef size_t i
+        return [(edges[i].start, edges[i].keys, edges[i].rows) for i in range(edges.size())]
+
+    def lru(self, uint32_t row):
+        """Return the key paths of the row's nodes, next to be evicted first."""
+        return self.index.get().lru(row)
+
+
+# -- columns and the fused pick -------------------------------------------------------------------------
+
+cdef class FusedScore:
+    """A score the core computes itself: a product of columns, or their sum with weights.
+
+    ``columns`` are positions in ``mulsched.indicators.COLUMNS``; ``weights`` is None for a product.
+    """
+
+    cdef CFusedScore score
+
+    def __cinit__(self, columns, weights):
+        if not columns or (weights is not None and len(weights) != len(columns)):
+            raise ValueError("one weight for each of at least one column expected")
+        for column in columns:
+            if not 0 <= column < kColumns:
+                raise ValueError(f"no column {column}")
+            self.score.columns.push_back(column)
+        for weight in weights or ():
+            self.score.weights.push_back(weight)
+
+
+cdef class Scratch:
+    """Working memory for one decision at a time, kept between decisions."""
+
+    cdef vector[int64_t] words
+
+
+cdef int fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_t prompt_tokens,
+              int64_t block_size, Py_buffer* rows, object load, int64_t* out, Scratch scratch) except -1:
+    cdef Py_buffer path, table
+    cdef CLoadView view
+    cdef Py_ssize_t i
+    cdef const CPrefixIndex* coming = NULL
+    if in_flight is not None:
+        coming = in_flight.index.get()
+    get_words(keys, &path, PyBUF_SIMPLE)
+    try:
+        get_words(load, &table, PyBUF_SIMPLE)
+        try:
+            if table.ndim != 2 or <size_t> table.shape[0] != kLoadColumns:
+                raise ValueError("a load table of shape (load columns, rows) expected")
+            view.data = <const int64_t*> table.buf
+            view.n_rows = <size_t> table.shape[1]
+            for i in range(rows.shape[0]):
+                if not 0 <= (<const int64_t*> rows.buf)[i] < table.shape[1]:
+                    raise ValueError("a row outside the load table")
+            c_fill_columns(
+                index.index.get()[0], coming, <const uint64_t*> path.buf, <size_t> path.shape[0], prompt_tokens, block_size,
+                <const int64_t*> rows.buf, <size_t> rows.shape[0], view, out, scratch.words)
+        finally:
+            PyBuffer_Release(&table)
+    finally:
+        PyBuffer_Release(&path)
+    return 0
+
+
+def fill_columns(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
+                 int64_t block_size, rows, load, out, Scratch scratch not None):
+    """Fill ``out``, shape (columns, candidates), for the candidate rows; see ``mulsched.indicators``."""
+    cdef Py_buffer candidates, table
+    get_words(rows, &candidates, PyBUF_SIMPLE)
+    try:
+        get_words(out, &table, PyBUF_WRITABLE)
+        try:
+            check_shape(&table, &candidates)
+            fill(index, in_flight, keys, prompt_tokens, block_size, &candidates, load,
+                 <int64_t*> table.buf, scratch)
+        finally:
+            PyBuffer_Release(&table)
+    finally:
+        PyBuffer_Release(&candidates)
+
+
+def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
+           int64_t block_size, rows, load, out, Scratch scratch not None, scores,
+           FusedScore score not None):
+    """Fill ``out`` and ``scores``; return the position of the pick, or -1 if a score is not finite."""
+    cdef Py_buffer candidates, table, values
+    get_words(rows, &candidates, PyBUF_SIMPLE)
+    try:
+        get_words(out, &table, PyBUF_WRITABLE)
+        try:
+            check_shape(&table, &candidates)
+            get_words(scores, &values, PyBUF_WRITABLE)
+            try:
+                if values.shape[0] != candidates.shape[0]:
+                    raise ValueError("one score per candidate expected")
+                fill(index, in_flight, keys, prompt_tokens, block_size, &candidates, load,
+                     <int64_t*> table.buf, scratch)
+                return c_score_and_pick(score.score, <const int64_t*> table.buf,
+                                        <size_t> candidates.shape[0], <double*> values.buf)
+            finally:
+                PyBuffer_Release(&values)
+        finally:
+            PyBuffer_Release(&table)
+    finally:
+        PyBuffer_Release(&candidates)
+
+
+cdef int check_shape(const Py_buffer* table, const Py_buffer* candidates) except -1:
+    if (table.ndim != 2 or <size_t> table.shape[0] != kColumns or candidates.shape[0] < 1
+            or table.shape[1] != candidates.shape[0]):
+        raise ValueError("a table of shape (columns, candidates) expected")
+    return 0
