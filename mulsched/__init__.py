@@ -3,7 +3,12 @@
 from mulsched._backend import BACKEND
 from mulsched.block_keys import block_keys, text_block_keys
 from mulsched.errors import *  # noqa: F403
+from mulsched.decision import Decision
+from mulsched.indicators import Columns
+from mulsched.policies import Policy
 from mulsched.prefix_index import PrefixIndex
+from mulsched.router import Router
+from mulsched.scorers import Custom, Linear, Multiplicative
 from mulsched.types import BlockRemoved, BlockStored, CacheCleared, InstanceRemoved, Namespace, Request
 
 __all__ = [
@@ -11,10 +16,17 @@ __all__ = [
     "BlockRemoved",
     "BlockStored",
     "CacheCleared",
+    "Columns",
+    "Custom",
+    "Decision",
     "InstanceRemoved",
+    "Linear",
+    "Multiplicative",
     "Namespace",
+    "Policy",
     "PrefixIndex",
     "Request",
+    "Router",
     "block_keys",
     "text_block_keys",
 ]

@@ -14,13 +14,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mulsched._backend import BACKEND
 from mulsched.errors import InvalidArgument
 from mulsched.types import Request
+
+if BACKEND == "native":
+    from mulsched._native import Scratch, fill_columns
+else:
+    from mulsched._columns_py import Scratch, fill_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["COLUMNS", "Columns", "uniform_draws"]
+__all__ = ["COLUMNS", "Columns", "Scratch", "fill_columns", "uniform_draws"]
 
 COLUMNS = (
     "matched_blocks",

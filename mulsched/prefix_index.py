@@ -142,6 +142,21 @@ def _as_capacity(capacity_blocks: Any) -> int:
     return int(capacity_blocks)
 
 
+def _capacity(instance: str, capacity_blocks: int | None, engine_hashes: bool) -> int:
+    if capacity_blocks is None:
+        return UNBOUNDED
+    if engine_hashes:
+        raise InvalidArgument(
+            f"instance {instance!r}: capacity_blocks={capacity_blocks} and engine_hashes=True exclude each "
+            "other, since the engine's events say what leaves"
+        )
+    return _as_capacity(capacity_blocks)
+
+
+def _kind(capacity: int, engine_hashes: bool) -> str:
+    return "named" if engine_hashes else "bounded" if capacity >= 0 else "unbounded"
+
+
 class PrefixIndex:
     """Which instance holds which prefix.
 
@@ -183,15 +198,7 @@ class PrefixIndex:
             raise InvalidType(f"instance must be a str, got {type(instance).__name__}")
         if instance in self._rows:
             raise DuplicateInstance(f"instance {instance!r} is there already")
-        if capacity_blocks is None:
-            capacity = UNBOUNDED
-        elif engine_hashes:
-            raise InvalidArgument(
-                f"instance {instance!r}: capacity_blocks={capacity_blocks} and engine_hashes=True exclude "
-                "each other, since the engine's events say what leaves"
-            )
-        else:
-            capacity = _as_capacity(capacity_blocks)
+        capacity = _capacity(instance, capacity_blocks, engine_hashes)
         row = self._free.pop() if self._free else len(self._names)
         self._tree.add_row(row, capacity, engine_hashes)
         if row == len(self._names):
@@ -199,8 +206,21 @@ class PrefixIndex:
         else:
             self._names[row] = instance
         self._rows[instance] = row
-        self._kind[instance] = "named" if engine_hashes else "bounded" if capacity >= 0 else "unbounded"
+        self._kind[instance] = _kind(capacity, engine_hashes)
         return row
+
+    def reset(
+        self, instance: str, *, capacity_blocks: int | None = None, engine_hashes: bool = False
+    ) -> None:
+        """Empty the instance and choose its kind anew; it keeps its row. O(its nodes).
+
+        Raises as ``add_instance``, and UnknownInstance.
+        """
+        row = self.row(instance)
+        capacity = _capacity(instance, capacity_blocks, engine_hashes)
+        self._tree.remove_row(row)
+        self._tree.add_row(row, capacity, engine_hashes)
+        self._kind[instance] = _kind(capacity, engine_hashes)
 
     def remove_instance(self, instance: str) -> None:
         """Forget the instance and give back its memory. O(its nodes). Raises UnknownInstance."""
@@ -224,6 +244,17 @@ class PrefixIndex:
             raise UnknownInstance(
                 f"unknown instance {instance!r}; there are {len(self._rows)} instances"
             ) from None
+
+    def instance(self, row: int) -> str:
+        """Return the instance on a row that is in use."""
+        name = self._names[row]
+        assert name is not None
+        return name
+
+    @property
+    def backend(self) -> Backend:
+        """The tree itself, for code that fills columns from it."""
+        return self._tree
 
     @property
     def instances(self) -> tuple[str, ...]:

@@ -83,12 +83,10 @@ def pick(columns: Columns, scores: NDArray[np.float64], ties: Ties) -> int:
     return int(best[np.argmin(columns.last_chosen[best])])
 
 
-def select(
-    policy: Policy, columns: Columns, ties: Ties
-) -> tuple[int, NDArray[np.float64], NDArray[np.bool_] | None]:
-    """Run filters, score and pick; return the position, all scores (NaN where filtered out), the mask.
+def select(policy: Policy, columns: Columns, ties: Ties) -> tuple[int, NDArray[np.float64]]:
+    """Run filters, score and pick; return the position and all scores, NaN where filtered out.
 
-    The mask is None when nothing was filtered out. Raises NoEligibleInstance, NonFiniteScore.
+    Raises NoEligibleInstance, NonFiniteScore, InvalidArgument (a filter's mask has the wrong shape).
     """
     left = columns
     keep: NDArray[np.bool_] | None = None
@@ -113,10 +111,10 @@ def select(
     scores = _scores(policy, left)
     chosen = pick(left, scores, ties)
     if keep is None:
-        return chosen, scores, None
+        return chosen, scores
     everywhere = np.full(len(columns), np.nan)
     everywhere[keep] = scores
-    return int(np.flatnonzero(keep)[chosen]), everywhere, keep
+    return int(np.flatnonzero(keep)[chosen]), everywhere
 
 
 _REGISTRY: dict[str, Callable[..., Policy]] = {}

@@ -1,0 +1,91 @@
+"""A decision and its explanation."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mulsched.indicators import COLUMNS, Columns
+
+__all__ = ["Decision"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """Which instance, and everything the choice was made from.
+
+    ``columns`` are the candidates' indicators at that moment; ``scores``, shape ``(n,)``, is NaN where a
+    filter excluded the candidate; ``position`` is the chosen one's place in both.
+    """
+
+    instance: str
+    position: int
+    columns: Columns
+    scores: NDArray[np.float64]
+    policy: str
+    ties: str
+    request_id: Hashable = None
+
+    @property
+    def score(self) -> float:
+        """The chosen instance's score; lower is better."""
+        return float(self.scores[self.position])
+
+    @property
+    def matched_blocks(self) -> int:
+        """Leading blocks of the prompt that the chosen instance holds."""
+        return int(self.columns.table[0, self.position])
+
+    @property
+    def hit_tokens(self) -> int:
+        """Prompt tokens that the chosen instance will not compute again."""
+        return int(self.columns.table[1, self.position])
+
+    @property
+    def new_prefill_tokens(self) -> int:
+        """Prompt tokens that the chosen instance has to compute."""
+        return int(self.columns.table[2, self.position])
+
+    @property
+    def indicators(self) -> dict[str, int]:
+        """Every indicator of the chosen instance by name."""
+        return dict(zip(COLUMNS, self.columns.table[:, self.position].tolist(), strict=True))
+
+    def explain(self) -> str:
+        """Return a table of every candidate and column, the best score first, and why the first won."""
+        order = np.argsort(self.scores, kind="stable").tolist()
+        order.remove(self.position)
+        order.insert(0, self.position)
+        header = ("", "instance", "score", *COLUMNS)
+        lines = [header]
+        for at in order:
+            score = "filtered" if np.isnan(self.scores[at]) else f"{self.scores[at]:.6g}"
+            values = map(str, self.columns.table[:, at].tolist())
+            lines.append(("*" if at == self.position else "", self.columns.instances[at], score, *values))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        table = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self._reason(), *table])
+
+    def _reason(self) -> str:
+        request = self.columns.request
+        equal = int(np.count_nonzero(self.scores == self.scores[self.position]))
+        filtered = int(np.count_nonzero(np.isnan(self.scores)))
+        reason = (
+            f"{self.policy}: {request.prompt_tokens} prompt tokens to {self.instance}, score {self.score:.6g}"
+            f" of {len(self.columns) - filtered} candidates"
+        )
+        if filtered:
+            reason += f", {filtered} filtered out"
+        if equal > 1 and self.ties == "first":
+            reason += f"; {equal} equal scores, the first row wins"
+        elif equal > 1:
+            then = "the least recently chosen" if self.ties == "least_recent" else "a seeded draw"
+            reason += f"; {equal} equal scores, the smallest batch wins, then {then}"
+        return reason

@@ -1,0 +1,587 @@
+"""The router: instance state in, decisions out."""
+
+import threading
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mulsched import policies
+from mulsched._backend import BACKEND
+from mulsched.block_keys import DEFAULT_SEED, Tokens, block_keys, namespace_seed, text_block_keys
+from mulsched.decision import Decision
+from mulsched.errors import (
+    BlockSizeMismatch,
+    InvalidArgument,
+    InvalidTokens,
+    InvalidType,
+    NoEligibleInstance,
+    UnknownBlock,
+    UnknownInstance,
+)
+from mulsched.indicators import COLUMNS, Columns, Scratch, fill_columns
+from mulsched.load import Booking, LoadTable, check_now
+from mulsched.policies import Policy, Ties
+from mulsched.policies._policy import select as select_composed
+from mulsched.prefix_index import PrefixIndex, as_keys
+from mulsched.scorers import Custom, Linear, Multiplicative
+from mulsched.types import (
+    BlockRemoved,
+    BlockStored,
+    CacheCleared,
+    Event,
+    InstanceRemoved,
+    Keys,
+    Namespace,
+    Request,
+)
+
+if BACKEND == "native":
+    from mulsched._native import FusedScore, PrefixIndex as NativeIndex, select as select_fused
+
+__all__ = ["Router"]
+
+PolicyLike = str | Policy | Callable[[Columns], Any]
+
+
+def _policy(policy: PolicyLike) -> Policy:
+    if isinstance(policy, str):
+        return policies.get(policy)
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, Multiplicative | Linear | Custom):
+        return Policy(name=repr(policy), score=policy)
+    if callable(policy):
+        score = Custom(policy)
+        return Policy(name=score.name, score=score)
+    raise InvalidType(f"policy must be a name, a Policy or a callable on columns, got {policy!r}")
+
+
+def _fused(policy: Policy, ties: Ties) -> "FusedScore | None":
+    """The native form of the policy, if the core can compute it whole."""
+    score = policy.score
+    if BACKEND != "native" or policy.filters or ties != "least_recent":
+        return None
+    if type(score) is Multiplicative:
+        return FusedScore([COLUMNS.index(name) for name in score.indicators], None)
+    if type(score) is Linear and score.normalise is None:
+        return FusedScore([COLUMNS.index(name) for name in score.weights], list(score.weights.values()))
+    return None
+
+
+class Router:
+    """Decides which instance a request goes to, and keeps the state that decisions are made from.
+
+    ``policy``: a name (see ``mulsched.policies.names()``), a :class:`~mulsched.policies.Policy`, or any
+    callable on :class:`~mulsched.indicators.Columns` that returns one float per candidate, lower is better.
+    ``ties``: ``"least_recent"``, ``"random"`` (seeded by ``seed``) or ``"first"``; None takes the policy's.
+    ``in_flight``: whether prefixes of requests that wait for their first token count as cached
+    (``"cached"``) or not (``"ignore"``, as in the authors' router). ``key_seed`` seeds the block keys; one
+    that is kept secret keeps tenants from guessing what is cached.
+
+    ``select`` changes nothing; ``route`` selects and books in one atomic step, without which concurrent
+    requests choose from the same stale state and herd. Each call takes one lock, so a router may be shared
+    between threads.
+
+    Raises InvalidType, InvalidArgument, UnknownPolicy.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_size: int = 16,
+        policy: PolicyLike = "lmetric",
+        ties: Ties | None = None,
+        seed: int = 0,
+        in_flight: Literal["ignore", "cached"] = "ignore",
+        key_seed: int = DEFAULT_SEED,
+    ) -> None:
+        if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer):
+            raise InvalidType(f"block_size must be an int, got {type(block_size).__name__}")
+        if block_size < 1:
+            raise InvalidArgument(f"block_size must be at least 1, got {block_size}")
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+            raise InvalidType(f"seed must be an int, got {type(seed).__name__}")
+        if ties not in (None, "least_recent", "random", "first"):
+            raise InvalidArgument(f"ties must be 'least_recent', 'random' or 'first', got {ties!r}")
+        if in_flight not in ("ignore", "cached"):
+            raise InvalidArgument(f"in_flight must be 'ignore' or 'cached', got {in_flight!r}")
+        namespace_seed(None, key_seed)
+        self._block_size = int(block_size)
+        self._policy = _policy(policy)
+        self._ties: Ties = ties or self._policy.ties
+        self._fused = _fused(self._policy, self._ties)
+        self._seed = int(seed)
+        self._key_seed = int(key_seed)
+        self._index = PrefixIndex()
+        # rows of both indexes agree, since instances are added to and removed from both alike
+        self._in_flight = PrefixIndex() if in_flight == "cached" else None
+        self._load = LoadTable()
+        self._predicted: set[str] = set()
+        self._last_report: dict[str, float] = {}
+        self._decision = 0
+        self._scratch = Scratch()
+        self._lock = threading.RLock()
+        self._refresh_candidates()
+
+    # -- instances ---------------------------------------------------------------------------------
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self._block_size
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in use."""
+        return self._policy
+
+    @property
+    def index(self) -> PrefixIndex:
+        """What is known to be cached: for looking, not for changing."""
+        return self._index
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        """All instances, in the order of their rows."""
+        return self._names
+
+    def add_instance(self, instance: str, *, cache_blocks: int | None = None) -> None:
+        """Add an instance with an empty cache and no load.
+
+        ``cache_blocks``: the size of its KV cache in blocks. With it the cache is *predicted* from what is
+        dispatched, in an LRU of that size, until the first engine event from this instance arrives; from
+        then on it is *observed* and the predictions are dropped. Without it only events tell.
+
+        Raises DuplicateInstance, InvalidType, InvalidArgument (cache_blocks below 1).
+        """
+        with self._lock:
+            row = self._index.add_instance(
+                instance, capacity_blocks=cache_blocks, engine_hashes=cache_blocks is None
+            )
+            if cache_blocks is not None:
+                self._predicted.add(instance)
+            if self._in_flight is not None:
+                self._in_flight.add_instance(instance)
+            self._load.add_row(row)
+            self._refresh_candidates()
+
+    def remove_instance(self, instance: str) -> list[Hashable]:
+        """Forget an instance; return the ids of the requests that were booked on it.
+
+        Their bookings are gone: ``finish`` of one raises UnknownRequest. Raises UnknownInstance.
+        """
+        with self._lock:
+            row = self._index.row(instance)
+            lost = self._load.remove_row(row)
+            self._index.remove_instance(instance)
+            if self._in_flight is not None:
+                self._in_flight.remove_instance(instance)
+            self._predicted.discard(instance)
+            self._last_report.pop(instance, None)
+            self._refresh_candidates()
+            return lost
+
+    def _refresh_candidates(self) -> None:
+        self._names = self._index.instances
+        self._rows = np.array([self._index.row(name) for name in self._names], dtype=np.int64)
+
+    # -- decisions ---------------------------------------------------------------------------------
+
+    def select(
+        self,
+        tokens: Tokens,
+        *,
+        candidates: Iterable[str] | None = None,
+        session: str | None = None,
+        namespace: Namespace | None = None,
+        now: float | None = None,
+    ) -> Decision:
+        """Return the decision for a prompt of token ids without changing any state.
+
+        ``candidates``: only these instances; None for all. ``session``: for policies that keep sessions
+        together. ``now``: seconds on the caller's clock, for policies with a time window.
+        O(tokens + W * nodes on the path), W instances.
+
+        Raises InvalidTokens, InvalidType, UnknownInstance, NoEligibleInstance, NonFiniteScore.
+        """
+        keys, prompt_tokens = self._token_keys(tokens, namespace)
+        with self._lock:
+            return self._decide(keys, prompt_tokens, candidates, session, None, now)
+
+    def select_text(
+        self,
+        text: str,
+        *,
+        candidates: Iterable[str] | None = None,
+        session: str | None = None,
+        namespace: Namespace | None = None,
+        now: float | None = None,
+    ) -> Decision:
+        """Do what ``select`` does for a prompt of text, for routers without a tokenizer.
+
+        Blocks are ``block_size`` characters and all token counts are then characters: a product does not
+        mind the unit. Give one router either only tokens or only text.
+        """
+        keys, prompt_chars = self._text_keys(text, namespace)
+        with self._lock:
+            return self._decide(keys, prompt_chars, candidates, session, None, now)
+
+    def select_keys(
+        self,
+        keys: Keys,
+        *,
+        prompt_tokens: int,
+        candidates: Iterable[str] | None = None,
+        session: str | None = None,
+        now: float | None = None,
+    ) -> Decision:
+        """Do what ``select`` does for a prompt whose block keys are known, ``prompt_tokens`` long."""
+        path = self._check_path(keys, prompt_tokens)
+        with self._lock:
+            return self._decide(path, int(prompt_tokens), candidates, session, None, now)
+
+    def route(
+        self,
+        tokens: Tokens,
+        *,
+        request_id: Hashable,
+        candidates: Iterable[str] | None = None,
+        session: str | None = None,
+        namespace: Namespace | None = None,
+        now: float | None = None,
+    ) -> Decision:
+        """Select an instance for a prompt of token ids and book the request on it, in one atomic step.
+
+        Arguments and errors as ``select``; also DuplicateRequest. ``now`` is kept for ``expire``.
+        """
+        keys, prompt_tokens = self._token_keys(tokens, namespace)
+        with self._lock:
+            return self._route(keys, prompt_tokens, candidates, session, request_id, now)
+
+    def route_text(
+        self,
+        text: str,
+        *,
+        request_id: Hashable,
+        candidates: Iterable[str] | None = None,
+        session: str | None = None,
+        namespace: Namespace | None = None,
+        now: float | None = None,
+    ) -> Decision:
+        """Do what ``route`` does for a prompt of text; see ``select_text``."""
+        keys, prompt_chars = self._text_keys(text, namespace)
+        with self._lock:
+            return self._route(keys, prompt_chars, candidates, session, request_id, now)
+
+    def route_keys(
+        self,
+        keys: Keys,
+        *,
+        prompt_tokens: int,
+        request_id: Hashable,
+        candidates: Iterable[str] | None = None,
+        session: str | None = None,
+        now: float | None = None,
+    ) -> Decision:
+        """Do what ``route`` does for a prompt whose block keys are known; see ``select_keys``."""
+        path = self._check_path(keys, prompt_tokens)
+        with self._lock:
+            return self._route(path, int(prompt_tokens), candidates, session, request_id, now)
+
+    def dispatch(self, decision: Decision, *, request_id: Hashable, now: float | None = None) -> None:
+        """Book a request on the instance of a decision that ``select`` made.
+
+        Prefer ``route``: between ``select`` and ``dispatch`` other requests may choose the same instance.
+        Raises DuplicateRequest, UnknownInstance (removed meanwhile), InvalidType, InvalidArgument.
+        """
+        check_now(now)
+        with self._lock:
+            row = self._index.row(decision.instance)
+            self._load.check_new(request_id)
+            self._book(decision, row, request_id, now)
+
+    def _token_keys(self, tokens: Tokens, namespace: Namespace | None) -> tuple[Keys, int]:
+        keys = block_keys(tokens, self._block_size, namespace=namespace, seed=self._key_seed)
+        return keys, self._check_prompt(len(tokens), "token")
+
+    def _text_keys(self, text: str, namespace: Namespace | None) -> tuple[Keys, int]:
+        keys = text_block_keys(text, self._block_size, namespace=namespace, seed=self._key_seed)
+        return keys, self._check_prompt(len(text), "character")
+
+    @staticmethod
+    def _check_prompt(length: int, unit: str) -> int:
+        if length == 0:
+            raise InvalidTokens(f"a prompt must have at least one {unit}, got none")
+        return length
+
+    def _check_path(self, keys: Keys, prompt_tokens: int) -> Keys:
+        path = as_keys(keys)
+        if isinstance(prompt_tokens, bool) or not isinstance(prompt_tokens, int | np.integer):
+            raise InvalidType(f"prompt_tokens must be an int, got {type(prompt_tokens).__name__}")
+        if prompt_tokens < 1:
+            raise InvalidArgument(f"prompt_tokens must be at least 1, got {prompt_tokens}")
+        if len(path) != prompt_tokens // self._block_size:
+            raise InvalidArgument(
+                f"{prompt_tokens} prompt tokens have {prompt_tokens // self._block_size} whole blocks of "
+                f"{self._block_size}, got {len(path)} keys"
+            )
+        return path
+
+    def _candidates(self, candidates: Iterable[str] | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+        if candidates is None:
+            if not self._names:
+                raise NoEligibleInstance("there are no instances: add one with add_instance()")
+            return self._names, self._rows
+        if isinstance(candidates, str | bytes) or not isinstance(candidates, Iterable):
+            raise InvalidType(
+                f"candidates must be an iterable of instances, got {type(candidates).__name__}"
+            )
+        rows = {self._index.row(name): name for name in candidates}
+        if not rows:
+            raise NoEligibleInstance("candidates is empty")
+        ordered = sorted(rows)
+        return tuple(rows[row] for row in ordered), np.array(ordered, dtype=np.int64)
+
+    def _decide(
+        self,
+        keys: Keys,
+        prompt_tokens: int,
+        candidates: Iterable[str] | None,
+        session: str | None,
+        request_id: Hashable,
+        now: float | None,
+    ) -> Decision:
+        check_now(now)
+        names, rows = self._candidates(candidates)
+        columns = Columns(
+            request=Request(prompt_tokens, keys, request_id, session),
+            instances=names,
+            rows=rows,
+            table=np.empty((len(COLUMNS), len(names)), dtype=np.int64),
+            decision=self._decision,
+            block_size=self._block_size,
+            seed=self._seed,
+            now=now,
+        )
+        position, scores = self._pick(columns)
+        return Decision(
+            names[position], position, columns, scores, self._policy.name, self._ties, request_id
+        )
+
+    def _pick(self, columns: Columns) -> tuple[int, NDArray[np.float64]]:
+        index = self._index.backend
+        coming = None if self._in_flight is None else self._in_flight.backend
+        request, load = columns.request, self._load.table
+        if self._fused is not None:
+            assert isinstance(index, NativeIndex)
+            assert coming is None or isinstance(coming, NativeIndex)
+            scores = np.empty(len(columns.instances))
+            position = select_fused(
+                index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
+                columns.table, self._scratch, scores, self._fused,
+            )  # fmt: skip
+            if position >= 0:
+                return position, scores
+            # a score that is not finite: the composed path says which
+        fill_columns(
+            index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
+            columns.table, self._scratch,
+        )  # fmt: skip
+        return select_composed(self._policy, columns, self._ties)
+
+    def _route(
+        self,
+        keys: Keys,
+        prompt_tokens: int,
+        candidates: Iterable[str] | None,
+        session: str | None,
+        request_id: Hashable,
+        now: float | None,
+    ) -> Decision:
+        self._load.check_new(request_id)
+        decision = self._decide(keys, prompt_tokens, candidates, session, request_id, now)
+        self._book(decision, int(decision.columns.rows[decision.position]), request_id, now)
+        return decision
+
+    def _book(self, decision: Decision, row: int, request_id: Hashable, now: float | None) -> None:
+        request = decision.columns.request
+        booking = Booking(row, decision.new_prefill_tokens, request.prompt_tokens, request.keys, now)
+        self._load.dispatch(request_id, booking, decision=self._decision)
+        self._decision += 1
+        if self._in_flight is not None:
+            self._in_flight.store(decision.instance, request.keys)
+        if self._policy.on_dispatch is not None:
+            self._policy.on_dispatch(decision.columns, decision.position)
+
+    # -- the life of a request ---------------------------------------------------------------------
+
+    def first_token(self, request_id: Hashable) -> None:
+        """Record that a request's prefill is done: its new tokens leave the queue, its prefix is cached.
+
+        Raises UnknownRequest (never dispatched, or ended), LifecycleError (second time).
+        """
+        with self._lock:
+            booking = self._load.first_token(request_id)
+            self._forget_in_flight(booking)
+            self._predict(booking)
+
+    def finish(self, request_id: Hashable) -> None:
+        """Record that a request is done. Without a ``first_token`` before, that is implied.
+
+        A predicted cache counts the prefix as used once more: engines order eviction by the release of
+        blocks. Raises UnknownRequest (never dispatched, or ended).
+        """
+        with self._lock:
+            booking = self._load.end(request_id)
+            if booking.waiting:
+                self._forget_in_flight(booking)
+            self._predict(booking)
+
+    def cancel(self, request_id: Hashable) -> None:
+        """Take a request off at any stage. One that still waited leaves nothing cached.
+
+        Raises UnknownRequest (never dispatched, or ended).
+        """
+        with self._lock:
+            booking = self._load.end(request_id)
+            if booking.waiting:
+                self._forget_in_flight(booking)
+            else:
+                self._predict(booking)
+
+    def expire(self, *, now: float, older_than_s: float) -> list[Hashable]:
+        """Cancel every request dispatched more than ``older_than_s`` before ``now``; return their ids.
+
+        Requests dispatched without a time never expire. O(requests booked).
+        Raises InvalidType, InvalidArgument.
+        """
+        with self._lock:
+            old = self._load.older_than(now=now, older_than_s=older_than_s)
+            for request_id in old:
+                self.cancel(request_id)
+            return old
+
+    def _predict(self, booking: Booking) -> None:
+        instance = self._index.instance(booking.row)
+        if instance in self._predicted:
+            self._index.store(instance, booking.keys)
+
+    def _forget_in_flight(self, booking: Booking) -> None:
+        """Take a prefix out of flight, except what other requests that wait there share with it."""
+        if self._in_flight is None:
+            return
+        shared = 0
+        for other in self._load.bookings().values():
+            if other is booking or other.row != booking.row or not other.waiting:
+                continue
+            n = min(len(other.keys), len(booking.keys))
+            differs = np.flatnonzero(other.keys[:n] != booking.keys[:n])
+            shared = max(shared, int(differs[0]) if len(differs) else n)
+        self._in_flight.discard(self._in_flight.instance(booking.row), booking.keys, start=shared)
+
+    # -- state from outside ------------------------------------------------------------------------
+
+    def report_load(
+        self,
+        instance: str,
+        *,
+        running: int | None = None,
+        waiting: int | None = None,
+        queued_prefill_tokens: int | None = None,
+        now: float | None = None,
+    ) -> bool:
+        """Reconcile an instance's bookings with its own metrics; the rule is in :mod:`mulsched.load`.
+
+        Returns whether the report was used: one with an earlier ``now`` than the last is not.
+        Raises UnknownInstance, InvalidType, InvalidArgument.
+        """
+        check_now(now)
+        with self._lock:
+            row = self._index.row(instance)
+            last = self._last_report.get(instance)
+            if now is not None and last is not None and now < last:
+                return False
+            self._load.report(
+                row, running=running, waiting=waiting, queued_prefill_tokens=queued_prefill_tokens
+            )
+            if now is not None:
+                self._last_report[instance] = now
+            return True
+
+    def load(self, instance: str) -> dict[str, int]:
+        """Return an instance's load by column, bookings and foreign load together. Raises UnknownInstance."""
+        with self._lock:
+            return self._load.load(self._index.row(instance))
+
+    def apply(self, event: Event) -> list[Hashable]:
+        """Apply an engine's event; return the ids of requests lost with an instance, else nothing.
+
+        The first event from an instance with a predicted cache makes that cache observed.
+
+        Raises UnknownInstance, UnknownBlock (parent not held there; nothing is stored),
+        BlockSizeMismatch, InvalidTokens, InvalidArgument, InvalidType.
+        """
+        with self._lock:
+            if isinstance(event, BlockStored):
+                self._apply_stored(event)
+            elif isinstance(event, BlockRemoved):
+                self._observe(event.instance)
+                self._index.remove(event.instance, event.block_hashes)
+            elif isinstance(event, CacheCleared):
+                self._observe(event.instance)
+                self._index.clear(event.instance)
+            elif isinstance(event, InstanceRemoved):
+                return self.remove_instance(event.instance)
+            else:
+                raise InvalidType(f"an engine event expected, got {type(event).__name__}")
+            return []
+
+    def _apply_stored(self, event: BlockStored) -> None:
+        if event.instance not in self._index:
+            raise UnknownInstance(f"unknown instance {event.instance!r} in a BlockStored event")
+        if event.block_size != self._block_size:
+            raise BlockSizeMismatch(
+                f"instance {event.instance!r} stores blocks of {event.block_size} tokens, "
+                f"the router's are {self._block_size}"
+            )
+        keys = self._event_keys(event)
+        if event.instance in self._predicted and event.parent_hash is not None:
+            raise UnknownBlock(
+                f"instance {event.instance!r} holds no block with engine hash {event.parent_hash!r}"
+            )
+        self._observe(event.instance)
+        self._index.store(
+            event.instance, keys, parent=event.parent_hash, engine_hashes=event.block_hashes
+        )
+
+    def _event_keys(self, event: BlockStored) -> Keys:
+        if (event.token_ids is None) == (event.block_keys is None):
+            raise InvalidArgument("a BlockStored event needs either token_ids or block_keys")
+        if event.token_ids is None:
+            assert event.block_keys is not None
+            keys = as_keys(event.block_keys, "block_keys")
+        else:
+            wanted = len(event.block_hashes) * self._block_size
+            if len(event.token_ids) != wanted:
+                raise InvalidArgument(
+                    f"{len(event.block_hashes)} blocks of {self._block_size} need {wanted} token_ids, "
+                    f"got {len(event.token_ids)}"
+                )
+            keys = block_keys(
+                event.token_ids,
+                self._block_size,
+                namespace=event.namespace,
+                seed=self._key_seed,
+                extra_keys=event.extra_keys,
+            )
+        if len(keys) != len(event.block_hashes):
+            raise InvalidArgument(f"{len(event.block_hashes)} block_hashes need as many keys, got {len(keys)}")
+        return keys
+
+    def _observe(self, instance: str) -> None:
+        """Switch an instance from predicted to observed, once."""
+        if instance in self._predicted:
+            self._index.reset(instance, engine_hashes=True)
+            self._predicted.discard(instance)
