@@ -160,13 +160,13 @@ void readers_and_a_writer() {
   for (int reader = 0; reader < 3; ++reader)
     readers.emplace_back([&] {
       const std::vector<std::int64_t> load(mulsched::kLoadColumns * n_rows, 1);
-      std::vector<std::int64_t> rows(n_rows), table(mulsched::kColumns * n_rows), scratch;
+      std::vector<std::int64_t> rows(n_rows), table(mulsched::kColumns * n_rows);
       std::vector<double> scores(n_rows);
       for (std::size_t row = 0; row < n_rows; ++row) rows[row] = static_cast<std::int64_t>(row);
       const mulsched::FusedScore product{{mulsched::kPTokens, mulsched::kBatchSize}, {}};
       while (!done) {
         mulsched::fill_columns(index, nullptr, path.data(), n_keys, 3201, 16, rows.data(), n_rows,
-                               {load.data(), n_rows}, table.data(), scratch);
+                               {load.data(), n_rows}, table.data());
         for (std::size_t row = 0; row < n_rows; ++row)
           require(table[row] <= 150 && table[mulsched::kNewPrefillTokens * n_rows + row] >= 1, "a torn read");
         require(mulsched::score_and_pick(product, table.data(), n_rows, scores.data()) >= 0, "no pick");

@@ -10,13 +10,7 @@ from mulsched.types import Keys
 if TYPE_CHECKING:
     from mulsched.prefix_index import Backend
 
-__all__ = ["Scratch", "fill_columns"]
-
-
-class Scratch:
-    """Working memory that only the native core needs."""
-
-    __slots__ = ()
+__all__ = ["fill_columns"]
 
 
 def fill_columns(
@@ -28,7 +22,6 @@ def fill_columns(
     rows: NDArray[np.int64],
     load: NDArray[np.int64],
     out: NDArray[np.int64],
-    scratch: Scratch,
 ) -> None:
     """Fill ``out``, shape (columns, candidates), for the candidate rows; see ``mulsched.indicators``."""
     matched = np.empty(load.shape[1], dtype=np.int64)

@@ -82,7 +82,7 @@ cdef extern from "select.hpp" namespace "mulsched" nogil:
 
     void c_fill_columns "mulsched::fill_columns"(
         const CPrefixIndex&, const CPrefixIndex*, const uint64_t*, size_t, int64_t, int64_t,
-        const int64_t*, size_t, const CLoadView&, int64_t*, vector[int64_t]&) except +
+        const int64_t*, size_t, const CLoadView&, int64_t*) except +
     Py_ssize_t c_score_and_pick "mulsched::score_and_pick"(
         const CFusedScore&, const int64_t*, size_t, double*) noexcept
 
@@ -439,14 +439,8 @@ cdef class FusedScore:
             self.score.weights.push_back(weight)
 
 
-cdef class Scratch:
-    """Working memory for one decision at a time, kept between decisions."""
-
-    cdef vector[int64_t] words
-
-
 cdef int fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_t prompt_tokens,
-              int64_t block_size, Py_buffer* rows, object load, int64_t* out, Scratch scratch) except -1:
+              int64_t block_size, Py_buffer* rows, object load, int64_t* out) except -1:
     cdef Py_buffer path, table
     cdef CLoadView view
     cdef Py_ssize_t i
@@ -466,7 +460,7 @@ cdef int fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_t pro
                     raise ValueError("a row outside the load table")
             c_fill_columns(
                 index.index.get()[0], coming, <const uint64_t*> path.buf, <size_t> path.shape[0], prompt_tokens, block_size,
-                <const int64_t*> rows.buf, <size_t> rows.shape[0], view, out, scratch.words)
+                <const int64_t*> rows.buf, <size_t> rows.shape[0], view, out)
         finally:
             PyBuffer_Release(&table)
     finally:
@@ -475,7 +469,7 @@ cdef int fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_t pro
 
 
 def fill_columns(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
-                 int64_t block_size, rows, load, out, Scratch scratch not None):
+                 int64_t block_size, rows, load, out):
     """Fill ``out``, shape (columns, candidates), for the candidate rows; see ``mulsched.indicators``."""
     cdef Py_buffer candidates, table
     get_words(rows, &candidates, PyBUF_SIMPLE)
@@ -484,7 +478,7 @@ def fill_columns(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_
         try:
             check_shape(&table, &candidates)
             fill(index, in_flight, keys, prompt_tokens, block_size, &candidates, load,
-                 <int64_t*> table.buf, scratch)
+                 <int64_t*> table.buf)
         finally:
             PyBuffer_Release(&table)
     finally:
@@ -492,8 +486,7 @@ def fill_columns(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_
 
 
 def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
-           int64_t block_size, rows, load, out, Scratch scratch not None, scores,
-           FusedScore score not None):
+           int64_t block_size, rows, load, out, scores, FusedScore score not None):
     """Fill ``out`` and ``scores``; return the position of the pick, or -1 if a score is not finite."""
     cdef Py_buffer candidates, table, values
     get_words(rows, &candidates, PyBUF_SIMPLE)
@@ -506,7 +499,7 @@ def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prom
                 if values.shape[0] != candidates.shape[0]:
                     raise ValueError("one score per candidate expected")
                 fill(index, in_flight, keys, prompt_tokens, block_size, &candidates, load,
-                     <int64_t*> table.buf, scratch)
+                     <int64_t*> table.buf)
                 return c_score_and_pick(score.score, <const int64_t*> table.buf,
                                         <size_t> candidates.shape[0], <double*> values.buf)
             finally:

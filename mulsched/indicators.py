@@ -19,14 +19,14 @@ from mulsched.errors import InvalidArgument
 from mulsched.types import Request
 
 if BACKEND == "native":
-    from mulsched._native import Scratch, fill_columns
+    from mulsched._native import fill_columns
 else:
-    from mulsched._columns_py import Scratch, fill_columns
+    from mulsched._columns_py import fill_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["COLUMNS", "Columns", "Scratch", "fill_columns", "uniform_draws"]
+__all__ = ["COLUMNS", "Columns", "fill_columns", "uniform_draws"]
 
 COLUMNS = (
     "matched_blocks",
@@ -104,64 +104,68 @@ class Columns:
     def __getitem__(self, name: str) -> NDArray[np.int64]:
         """Return a column by name. Raises InvalidArgument for a name that is not in ``COLUMNS``."""
         try:
-            return self.table[_INDEX[name]]
+            return self._column(_INDEX[name])
         except KeyError:
             raise InvalidArgument(f"unknown indicator {name!r}, expected one of {', '.join(COLUMNS)}") from None
+
+    def _column(self, position: int) -> NDArray[np.int64]:
+        column: NDArray[np.int64] = self.table[position]
+        return column
 
     @property
     def matched_blocks(self) -> NDArray[np.int64]:
         """Leading blocks of the prompt that the instance holds."""
-        return self.table[0]
+        return self._column(0)
 
     @property
     def hit_tokens(self) -> NDArray[np.int64]:
         """Prompt tokens that the instance will not compute again."""
-        return self.table[1]
+        return self._column(1)
 
     @property
     def new_prefill_tokens(self) -> NDArray[np.int64]:
         """Prompt tokens that the instance has to compute."""
-        return self.table[2]
+        return self._column(2)
 
     @property
     def queued_prefill_tokens(self) -> NDArray[np.int64]:
         """New tokens of requests that were sent there and have no first token yet."""
-        return self.table[3]
+        return self._column(3)
 
     @property
     def p_tokens(self) -> NDArray[np.int64]:
         """Queued and new prefill tokens together."""
-        return self.table[4]
+        return self._column(4)
 
     @property
     def running(self) -> NDArray[np.int64]:
         """Requests past their first token."""
-        return self.table[5]
+        return self._column(5)
 
     @property
     def waiting(self) -> NDArray[np.int64]:
         """Requests before their first token."""
-        return self.table[6]
+        return self._column(6)
 
     @property
     def batch_size(self) -> NDArray[np.int64]:
         """Requests there, this one included."""
-        return self.table[7]
+        return self._column(7)
 
     @property
     def context_tokens(self) -> NDArray[np.int64]:
         """Prompt tokens of the requests there, this one not included."""
-        return self.table[8]
+        return self._column(8)
 
     @property
     def cached_blocks(self) -> NDArray[np.int64]:
         """Blocks the index knows to be cached there."""
-        return self.table[9]
+        return self._column(9)
 
     @property
     def last_chosen(self) -> NDArray[np.int64]:
         """Number of the decision that chose this instance last; -1: none."""
-        return self.table[10]
+        return self._column(10)
 
     @property
     def uniform(self) -> NDArray[np.float64]:

@@ -231,7 +231,3 @@ class LoadTable:
     def load(self, row: int) -> dict[str, int]:
         """Return the row's effective values by column."""
         return {name: int(self.table[column, row]) for column, name in enumerate(LOAD_COLUMNS)}
-
-    def column(self, name: str) -> NDArray[np.int64]:
-        """Return a column of the table, shape ``(capacity,)``."""
-        return self.table[LOAD_COLUMNS.index(name)]

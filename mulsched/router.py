@@ -20,7 +20,7 @@ from mulsched.errors import (
     UnknownBlock,
     UnknownInstance,
 )
-from mulsched.indicators import COLUMNS, Columns, Scratch, fill_columns
+from mulsched.indicators import COLUMNS, Columns, fill_columns
 from mulsched.load import Booking, LoadTable, check_now
 from mulsched.policies import Policy, Ties
 from mulsched.policies._policy import select as select_composed
@@ -38,7 +38,8 @@ from mulsched.types import (
 )
 
 if BACKEND == "native":
-    from mulsched._native import FusedScore, PrefixIndex as NativeIndex, select as select_fused
+    from mulsched._native import FusedScore
+    from mulsched._native import select as select_fused
 
 __all__ = ["Router"]
 
@@ -121,7 +122,6 @@ class Router:
         self._predicted: set[str] = set()
         self._last_report: dict[str, float] = {}
         self._decision = 0
-        self._scratch = Scratch()
         self._lock = threading.RLock()
         self._refresh_candidates()
 
@@ -375,19 +375,17 @@ class Router:
         coming = None if self._in_flight is None else self._in_flight.backend
         request, load = columns.request, self._load.table
         if self._fused is not None:
-            assert isinstance(index, NativeIndex)
-            assert coming is None or isinstance(coming, NativeIndex)
             scores = np.empty(len(columns.instances))
             position = select_fused(
                 index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
-                columns.table, self._scratch, scores, self._fused,
+                columns.table, scores, self._fused,
             )  # fmt: skip
             if position >= 0:
                 return position, scores
             # a score that is not finite: the composed path says which
         fill_columns(
             index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
-            columns.table, self._scratch,
+            columns.table,
         )  # fmt: skip
         return select_composed(self._policy, columns, self._ties)
 

@@ -111,7 +111,7 @@ class Custom:
         if not callable(function):
             raise InvalidType(f"a score must be callable, got {type(function).__name__}")
         self.function = function
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
 
     def __call__(self, columns: Columns, /) -> NDArray[np.float64]:
         """Return what the callable returns, as float64."""

@@ -1,6 +1,6 @@
 """Values that cross the library's edge: namespaces, requests, and engine events."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +47,7 @@ class Request:
 
     prompt_tokens: int
     keys: Keys
-    request_id: str | None = None
+    request_id: Hashable = None
     session: str | None = None
 
 
