@@ -354,10 +354,10 @@ class PrefixTree {
   // Nothing is left but the root: give everything back.
   void release_all() {
     chunks_.clear();
-    free_nodes_.clear();
-    free_nodes_.shrink_to_fit();
-    block_node_ = {};
-    block_depth_ = {};
+    std::vector<NodeId>().swap(free_nodes_);
+    std::vector<NodeId>().swap(touched_);
+    std::vector<NodeId>().swap(block_node_);
+    std::vector<std::uint32_t>().swap(block_depth_);
     free_block_ = kNone;
     live_nodes_ = 0;
     new_node();

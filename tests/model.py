@@ -1,0 +1,88 @@
+"""A naive model of the prefix index, without a tree: sets and lists of prefixes.
+
+It is written from the meaning of the operations, and offers the row-based interface of
+``mulsched.prefix_index.Backend`` as far as content goes.
+"""
+
+
+def prefixes(path, start=0):
+    """Every prefix of a path that is longer than ``start``, the shortest first."""
+    return [tuple(path[:n]) for n in range(start + 1, len(path) + 1)]
+
+
+class ModelIndex:
+    def __init__(self):
+        self.capacity = {}
+        self.order = {}  # unnamed rows: held prefixes, the next to leave first
+        self.names = {}  # named rows: engine hash -> prefix
+
+    def held(self, row):
+        return set(self.names[row].values()) if row in self.names else set(self.order[row])
+
+    def add_row(self, row, capacity, named):
+        self.capacity[row] = capacity
+        if named:
+            self.names[row] = {}
+        else:
+            self.order[row] = []
+
+    def remove_row(self, row):
+        del self.capacity[row]
+        self.order.pop(row, None)
+        self.names.pop(row, None)
+
+    def clear(self, row):
+        if row in self.names:
+            self.names[row] = {}
+        else:
+            self.order[row] = []
+
+    def resize(self, row, capacity):
+        self.capacity[row] = capacity
+        self._evict(row)
+
+    def _evict(self, row):
+        if self.capacity[row] >= 0:
+            excess = max(0, len(self.order[row]) - self.capacity[row])
+            del self.order[row][:excess]
+
+    def store(self, row, keys):
+        path = prefixes(keys)
+        newly = len(set(path) - set(self.order[row]))
+        self.order[row] = [p for p in self.order[row] if p not in path] + path[::-1]
+        self._evict(row)
+        return newly
+
+    def store_named(self, row, parent, hashes, keys):
+        names = self.names[row]
+        if parent is not None and parent not in names:
+            return -1
+        prefix, newly = () if parent is None else names[parent], 0
+        for name, key in zip(hashes, keys, strict=True):
+            prefix = (*prefix, key)
+            newly += prefix not in names.values()
+            names[name] = prefix
+        return newly
+
+    def remove_named(self, row, hashes):
+        return sum(self.names[row].pop(name, None) is not None for name in hashes)
+
+    def discard(self, row, keys, start):
+        gone = set(prefixes(keys, start)) & set(self.order[row])
+        self.order[row] = [p for p in self.order[row] if p not in gone]
+        return len(gone)
+
+    def match(self, keys, row):
+        held = self.held(row)
+        reached = 0
+        for prefix in prefixes(keys):
+            if prefix not in held:
+                break
+            reached += 1
+        return reached
+
+    def blocks(self, row):
+        return len(self.held(row))
+
+    def unique_blocks(self):
+        return len(set().union(*(self.held(row) for row in self.capacity)))
