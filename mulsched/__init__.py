@@ -2,8 +2,8 @@
 
 from mulsched._backend import BACKEND
 from mulsched.block_keys import block_keys, text_block_keys
-from mulsched.errors import *  # noqa: F403
 from mulsched.decision import Decision
+from mulsched.errors import *  # noqa: F403
 from mulsched.indicators import Columns
 from mulsched.policies import Policy
 from mulsched.prefix_index import PrefixIndex

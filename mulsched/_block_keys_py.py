@@ -34,7 +34,9 @@ def _as_uint32(tokens: Any) -> NDArray[np.uint32]:
         raise InvalidArgument(f"tokens must have one dimension, got {view.ndim}")
     array = np.asarray(view)
     if array.dtype.kind not in "iu" or array.dtype.itemsize not in (4, 8) or not array.dtype.isnative:
-        raise InvalidType(f"tokens must be 32-bit or 64-bit native integers, got buffer format {view.format!r}")
+        raise InvalidType(
+            f"tokens must be 32-bit or 64-bit native integers, got buffer format {view.format!r}"
+        )
     bad = (array < 0) | (array > _MAX_TOKEN)
     if bad.any():
         position = int(np.argmax(bad))

@@ -106,7 +106,9 @@ class Columns:
         try:
             return self._column(_INDEX[name])
         except KeyError:
-            raise InvalidArgument(f"unknown indicator {name!r}, expected one of {', '.join(COLUMNS)}") from None
+            raise InvalidArgument(
+                f"unknown indicator {name!r}, expected one of {', '.join(COLUMNS)}"
+            ) from None
 
     def _column(self, position: int) -> NDArray[np.int64]:
         column: NDArray[np.int64] = self.table[position]

@@ -335,9 +335,7 @@ class Router:
                 raise NoEligibleInstance("there are no instances: add one with add_instance()")
             return self._names, self._rows
         if isinstance(candidates, str | bytes) or not isinstance(candidates, Iterable):
-            raise InvalidType(
-                f"candidates must be an iterable of instances, got {type(candidates).__name__}"
-            )
+            raise InvalidType(f"candidates must be an iterable of instances, got {type(candidates).__name__}")
         rows = {self._index.row(name): name for name in candidates}
         if not rows:
             raise NoEligibleInstance("candidates is empty")
@@ -366,9 +364,7 @@ class Router:
             now=now,
         )
         position, scores = self._pick(columns)
-        return Decision(
-            names[position], position, columns, scores, self._policy.name, self._ties, request_id
-        )
+        return Decision(names[position], position, columns, scores, self._policy.name, self._ties, request_id)
 
     def _pick(self, columns: Columns) -> tuple[int, NDArray[np.float64]]:
         index = self._index.backend
@@ -550,9 +546,7 @@ class Router:
                 f"instance {event.instance!r} holds no block with engine hash {event.parent_hash!r}"
             )
         self._observe(event.instance)
-        self._index.store(
-            event.instance, keys, parent=event.parent_hash, engine_hashes=event.block_hashes
-        )
+        self._index.store(event.instance, keys, parent=event.parent_hash, engine_hashes=event.block_hashes)
 
     def _event_keys(self, event: BlockStored) -> Keys:
         if (event.token_ids is None) == (event.block_keys is None):
@@ -575,7 +569,9 @@ class Router:
                 extra_keys=event.extra_keys,
             )
         if len(keys) != len(event.block_hashes):
-            raise InvalidArgument(f"{len(event.block_hashes)} block_hashes need as many keys, got {len(keys)}")
+            raise InvalidArgument(
+                f"{len(event.block_hashes)} block_hashes need as many keys, got {len(keys)}"
+            )
         return keys
 
     def _observe(self, instance: str) -> None:

@@ -49,7 +49,11 @@ def test_the_first_token_moves_it_to_running_and_empties_the_queue():
     load = table()
     load.dispatch("a", booking(), decision=0)
     load.first_token("a")
-    assert (values(load)["queued_prefill_tokens"], values(load)["waiting"], values(load)["running"]) == (0, 0, 1)
+    assert (values(load)["queued_prefill_tokens"], values(load)["waiting"], values(load)["running"]) == (
+        0,
+        0,
+        1,
+    )
     assert values(load)["context_tokens"] == 150
 
 

@@ -8,8 +8,8 @@ import threading
 
 import numpy as np
 import pytest
-
 from conftest import BACKENDS, new_backend
+
 from mulsched.errors import (
     DuplicateInstance,
     InvalidArgument,
@@ -137,7 +137,9 @@ def test_any_number_of_instances_is_told_apart(index, count):
     for i in range(0, count, 2):
         index.remove_instance(f"i{i}")
     matched = index.match(path(1, 2, 3))
-    assert [matched[index.row(f"i{i}")] for i in range(1, count, 2)] == [i % 3 + 1 for i in range(1, count, 2)]
+    assert [matched[index.row(f"i{i}")] for i in range(1, count, 2)] == [
+        i % 3 + 1 for i in range(1, count, 2)
+    ]
     index.check()
 
 
@@ -160,7 +162,9 @@ def test_splits_at_the_first_and_at_the_last_block(index):
     index.store("a", path(9, 2, 3))
     index.store("a", path(1, 2, 8))
     index.store("a", path(1, 7))
-    assert [index.match_by_instance(p)["a"] for p in (path(1, 2, 3), path(1, 2, 8), path(1, 7), path(9, 2))] == [
+    assert [
+        index.match_by_instance(p)["a"] for p in (path(1, 2, 3), path(1, 2, 8), path(1, 7), path(9, 2))
+    ] == [
         3,
         3,
         2,
@@ -419,7 +423,11 @@ BAD_CALLS = [
     (lambda i: i.add_instance("x", capacity_blocks=-4), InvalidArgument, "at least 1, got -4"),
     (lambda i: i.add_instance("x", capacity_blocks=float("nan")), InvalidType, "must be an int, got float"),
     (lambda i: i.add_instance("x", capacity_blocks=True), InvalidType, "must be an int, got bool"),
-    (lambda i: i.add_instance("x", capacity_blocks=5, engine_hashes=True), InvalidArgument, "exclude each other"),
+    (
+        lambda i: i.add_instance("x", capacity_blocks=5, engine_hashes=True),
+        InvalidArgument,
+        "exclude each other",
+    ),
     (lambda i: i.remove_instance("x"), UnknownInstance, "unknown instance 'x'"),
     (lambda i: i.remove_instance([]), UnknownInstance, "unknown instance"),
     (lambda i: i.reset("x"), UnknownInstance, "unknown instance 'x'"),
@@ -436,7 +444,11 @@ BAD_CALLS = [
     (lambda i: i.store("named", path(1), engine_hashes=["a"]), InvalidType, "int or bytes, got str"),
     (lambda i: i.store("named", path(1), engine_hashes=[2**64]), InvalidArgument, "fit into 64 bits"),
     (lambda i: i.store("named", path(1), engine_hashes=7), InvalidType, "sequence of int or bytes, got int"),
-    (lambda i: i.store("named", path(1), engine_hashes="ab"), InvalidType, "sequence of int or bytes, got str"),
+    (
+        lambda i: i.store("named", path(1), engine_hashes="ab"),
+        InvalidType,
+        "sequence of int or bytes, got str",
+    ),
     (lambda i: i.store("named", path(1), parent=99, engine_hashes=[1]), UnknownBlock, "engine hash 99"),
     (lambda i: i.store("named", path(1), parent=1.5, engine_hashes=[1]), InvalidType, "got float"),
     (lambda i: i.store("plain", path(1), engine_hashes=[1]), InvalidArgument, "without engine_hashes"),

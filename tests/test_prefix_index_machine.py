@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-
 from model import ModelIndex
+
 from mulsched._prefix_index_py import PrefixIndexPy, _Tree
 
 # Small enough that random paths meet, part, and meet again.
@@ -153,7 +153,10 @@ def test_the_same_content_has_the_same_nodes_by_any_route(paths, random):
         shuffled = random.sample(paths + extra, 2 * len(paths))
         for row, keys in shuffled:
             detour.store(row, words(keys))
-        held = {row: {tuple(k[:n]) for r, k in paths if r == row for n in range(1, len(k) + 1)} for row in UNBOUNDED}
+        held = {
+            row: {tuple(k[:n]) for r, k in paths if r == row for n in range(1, len(k) + 1)}
+            for row in UNBOUNDED
+        }
         for row, keys in extra:
             for n in range(len(keys), 0, -1):
                 if tuple(keys[:n]) not in held[row]:

@@ -1,6 +1,34 @@
 """Whole policies by name: LMetric, the baselines of its paper, and those of other routers."""
 
 from mulsched.policies._policy import Filter, Policy, Ties, get, names, register
+from mulsched.policies.affinity import consistent_hash_bounded, least_p_tokens, most_hits, sticky
+from mulsched.policies.gated import aibrix, llm_d, preble, sglang_cache_aware
+from mulsched.policies.linear import bailian, dynamo, linear
 from mulsched.policies.lmetric import lmetric
+from mulsched.policies.load_only import least_loaded, power_of_two, random, round_robin, vllm
 
-__all__ = ["Filter", "Policy", "Ties", "get", "lmetric", "names", "register"]
+__all__ = [
+    "Filter",
+    "Policy",
+    "Ties",
+    "aibrix",
+    "bailian",
+    "consistent_hash_bounded",
+    "dynamo",
+    "get",
+    "least_loaded",
+    "least_p_tokens",
+    "linear",
+    "llm_d",
+    "lmetric",
+    "most_hits",
+    "names",
+    "power_of_two",
+    "preble",
+    "random",
+    "register",
+    "round_robin",
+    "sglang_cache_aware",
+    "sticky",
+    "vllm",
+]

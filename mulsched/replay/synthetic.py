@@ -1,0 +1,218 @@
+"""Synthetic workloads, calibrated to published figures of traces that are not shipped here.
+
+A session starts from a template (a system prompt, shared with other sessions by Zipf's law), adds its own
+text, and may go on: each follow-up's prompt is the last prompt, the answer to it, and new text. Lengths and
+gaps are lognormal. The constants of each workload were fitted by random search to the figures that
+:func:`targets` returns; what they achieve is printed beside the targets by :func:`format_calibration`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mulsched.errors import InvalidArgument, InvalidType
+from mulsched.replay.trace import Ints, Trace
+
+__all__ = ["WORKLOADS", "format_calibration", "synthetic_trace", "targets"]
+
+BLOCK_SIZE = 16
+CALIBRATED_S = 7200.0
+_WARM_UP_S = 3600.0  # sessions that started before the trace does bring their later turns
+_MAX_TURNS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Constants of a generator. Lengths in tokens; a lognormal is given by its median and sigma."""
+
+    rate_per_s: float
+    single_ratio: float  # of sessions
+    follow_on: float  # chance that a session with a follow-up goes on once more
+    templates: int
+    template_zipf: float
+    template_median: float
+    template_sigma: float
+    first_median: float
+    first_sigma: float
+    next_median: float
+    next_sigma: float
+    output_median: float
+    output_sigma: float
+    gap_p50_s: float
+    gap_p90_s: float
+    max_prompt_tokens: int
+
+
+WORKLOADS = {
+    "chat": Workload(
+        5.98, 0.61, 0.62, 400, 1.1, 250, 0.6, 620, 1.25, 90, 1.2, 375, 0.60, 110.6, 718.5, 32_768
+    ),
+    "api": Workload(24.0, 1.0, 0.0, 300, 1.1, 330, 0.9, 170, 1.3, 1, 0, 39, 1.33, 1, 1, 16_384),
+    "coder": Workload(
+        5.97, 0.747, 0.55, 300, 1.1, 1900, 0.6, 1500, 1.1, 200, 1.2, 469, 1.06, 117.7, 941.8, 32_768
+    ),
+    "thinking": Workload(
+        1.50, 0.947, 0.5, 200, 1.1, 1100, 0.7, 1500, 1.3, 200, 1.2, 1665, 1.27, 28.6, 254.9, 65_536
+    ),
+    "tool_agent": Workload(
+        6.67, 0.5, 0.6, 200, 1.2, 2500, 0.6, 3000, 1.3, 200, 1.2, 30, 1.0, 10.0, 60.0, 131_072
+    ),
+}
+"""Generators by name."""
+
+_NAN = float("nan")
+_TARGET_FIELDS = (
+    "rate_per_s",
+    "input_mean",
+    "input_p50",
+    "input_p99",
+    "output_mean",
+    "output_p50",
+    "output_p99",
+    "single_session_ratio",
+    "gap_p50_s",
+    "gap_p90_s",
+    "hit_ratio",
+    "same_session_share",
+)
+_TARGETS = {
+    "chat": (5.98, 2331, 1046, 14359, 430, 375, 1641, 0.610, 110.6, 718.5, 0.579, 0.711),
+    "api": (24.0, 915, 574, 6294, 92, 39, 1006, 1.0, _NAN, _NAN, 0.542, 0.0),
+    "coder": (5.97, 5748, 4540, 14406, 808, 469, 5835, 0.747, 117.7, 941.8, 0.664, 0.398),
+    "thinking": (1.50, 4763, 3680, 24962, 3651, 1665, 34529, 0.947, 28.6, 254.9, 0.462, 0.282),
+    "tool_agent": (6.67, _NAN, 6346, 61525, _NAN, 30, _NAN, _NAN, _NAN, _NAN, 0.553, _NAN),
+}
+
+
+def targets(kind: str) -> dict[str, float]:
+    """Return the published figures of a workload over two hours, NaN where none is known.
+
+    Source: third-party counts of the public Bailian traces (chat: trace A, API: trace B, coder, thinking)
+    and of Mooncake's tool-agent trace. Raises InvalidArgument.
+    """
+    _workload(kind)
+    return dict(zip(_TARGET_FIELDS, _TARGETS[kind], strict=True))
+
+
+def _workload(kind: str) -> Workload:
+    if kind not in WORKLOADS:
+        raise InvalidArgument(f"unknown workload {kind!r}, expected one of {', '.join(WORKLOADS)}")
+    return WORKLOADS[kind]
+
+
+def synthetic_trace(
+    kind: str, *, duration_s: float = CALIBRATED_S, seed: int = 0, rate_per_s: float | None = None
+) -> Trace:
+    """Return a seeded synthetic trace, 16-token blocks.
+
+    ``rate_per_s`` changes the request rate; the other figures stay. The hit ratio grows with the duration:
+    it is calibrated at 7,200 s. O(requests). Raises InvalidArgument, InvalidType.
+    """
+    workload = _workload(kind)
+    rate = workload.rate_per_s if rate_per_s is None else rate_per_s
+    for name, value in (("duration_s", duration_s), ("rate_per_s", rate)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidType(f"{name} must be a number, got {type(value).__name__}")
+        if not (math.isfinite(value) and value > 0):
+            raise InvalidArgument(f"{name} must be finite and above 0, got {value}")
+    return _generate(workload, f"synthetic:{kind}", duration_s, rate, np.random.default_rng(seed))
+
+
+def _generate(
+    workload: Workload, name: str, duration_s: float, rate: float, rng: np.random.Generator
+) -> Trace:
+    turns_mean = 1 + (1 - workload.single_ratio) / (1 - workload.follow_on)
+    span = duration_s + _WARM_UP_S
+    n_sessions = int(rng.poisson(span * rate / turns_mean))
+    start = np.sort(rng.uniform(-_WARM_UP_S, duration_s, n_sessions))
+    follows = rng.random(n_sessions) >= workload.single_ratio
+    turns = 1 + np.where(follows, rng.geometric(1 - workload.follow_on, n_sessions), 0)
+    turns = np.minimum(turns, _MAX_TURNS)
+
+    weight = np.arange(1, workload.templates + 1) ** -workload.template_zipf
+    template = rng.choice(workload.templates, n_sessions, p=weight / weight.sum())
+    template_blocks = np.maximum(
+        1,
+        np.round(
+            _lognormal(rng, workload.template_median, workload.template_sigma, workload.templates)
+            / BLOCK_SIZE
+        ),
+    ).astype(np.int64)
+    template_start = np.cumsum(template_blocks) - template_blocks
+
+    n = int(turns.sum())
+    session = np.repeat(np.arange(n_sessions), turns)
+    turn = np.arange(n) - np.repeat(np.cumsum(turns) - turns, turns)
+    first = turn == 0
+    output = np.maximum(1, _lognormal(rng, workload.output_median, workload.output_sigma, n)).astype(np.int64)
+    text = np.where(
+        first,
+        _lognormal(rng, workload.first_median, workload.first_sigma, n),
+        _lognormal(rng, workload.next_median, workload.next_sigma, n),
+    )
+    text = np.maximum(1, text).astype(np.int64)
+    added = np.where(first, text + template_blocks[template[session]] * BLOCK_SIZE, text)
+    added[1:][~first[1:]] += output[:-1][~first[1:]]
+    prompt = _cumulative_by_session(added, first)
+    sigma = math.log(workload.gap_p90_s / workload.gap_p50_s) / 1.2815515655446004
+    gap = np.where(first, 0.0, _lognormal(rng, workload.gap_p50_s, sigma, n))
+    arrival = start[session] + _cumulative_by_session(gap, first)
+
+    # a session ends where its prompt would outgrow the context
+    keep = (arrival >= 0) & (arrival < duration_s) & (prompt <= workload.max_prompt_tokens)
+    order = np.flatnonzero(keep)[np.argsort(arrival[keep], kind="stable")]
+    place = np.full(n, -1)
+    place[order] = np.arange(len(order))
+    blocks = prompt // BLOCK_SIZE
+    session_blocks = np.zeros(n_sessions, dtype=np.int64)
+    np.maximum.at(session_blocks, session, blocks)
+    session_start = int(template_blocks.sum()) + np.cumsum(session_blocks) - session_blocks
+    shared = np.minimum(blocks, template_blocks[template[session]])[order]
+    return Trace(
+        name=name,
+        block_size=BLOCK_SIZE,
+        arrival_s=arrival[order],
+        prompt_tokens=prompt[order].astype(np.int64),
+        output_tokens=output[order],
+        run_start=np.column_stack(
+            [template_start[template[session[order]]], session_start[session[order]]]
+        ).ravel(),
+        run_length=np.column_stack([shared, blocks[order] - shared]).ravel(),
+        run_offset=np.arange(0, 2 * len(order) + 1, 2),
+        session=session[order],
+        previous=np.where(first, -1, np.concatenate([[-1], place[:-1]]))[order],
+        think_s=np.where(first, 0.0, gap)[order],
+        synthetic=True,
+        notes=("synthetic: calibrated to published figures, not recorded",),
+    )
+
+
+def _lognormal(rng: np.random.Generator, median: float, sigma: float, n: int) -> np.ndarray:
+    return rng.lognormal(math.log(median), sigma, n)
+
+
+def _cumulative_by_session(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Return running sums that start anew where ``first`` is true."""
+    total = np.cumsum(values)
+    before = np.where(first, total - values, 0)
+    starts: Ints = np.maximum.accumulate(np.where(first, np.arange(len(values)), 0))
+    return total - before[starts]
+
+
+def format_calibration(trace: Trace) -> str:
+    """Return a synthetic trace's figures next to their targets, a line each.
+
+    Raises InvalidArgument for a trace that is not one of :data:`WORKLOADS`.
+    """
+    kind = trace.name.removeprefix("synthetic:")
+    stats = trace.stats()
+    lines = [
+        f"{trace.name}: {stats.requests} requests in {stats.duration_s:.0f} s; "
+        f"targets are for {CALIBRATED_S:.0f} s, a shorter trace has a lower hit ratio",
+        f"{'':22}{'achieved':>10}{'target':>10}",
+    ]
+    for field, target in targets(kind).items():
+        wanted = "-" if math.isnan(target) else f"{target:.4g}"
+        lines.append(f"{field:22}{getattr(stats, field):>10.4g}{wanted:>10}")
+    return "\n".join(lines)
