@@ -1,5 +1,32 @@
 """Replay: a trace through the same router that production uses, into a model of the engines."""
 
+from mulsched.replay.engine import CacheChange, EngineModel, StepResult
+from mulsched.replay.profile import Profile, Roofline, StepTable, StepTime, builtin_profile, load_profile
+from mulsched.replay.readers import FORMATS, read_trace
+from mulsched.replay.simulator import ReplayResult, replay, replay_many
+from mulsched.replay.synthetic import WORKLOADS, format_calibration, synthetic_trace, targets
 from mulsched.replay.trace import Trace, TraceStats, lru_hit_ratio
 
-__all__ = ["Trace", "TraceStats", "lru_hit_ratio"]
+__all__ = [
+    "FORMATS",
+    "WORKLOADS",
+    "CacheChange",
+    "EngineModel",
+    "Profile",
+    "ReplayResult",
+    "Roofline",
+    "StepResult",
+    "StepTable",
+    "StepTime",
+    "Trace",
+    "TraceStats",
+    "builtin_profile",
+    "format_calibration",
+    "load_profile",
+    "lru_hit_ratio",
+    "read_trace",
+    "replay",
+    "replay_many",
+    "synthetic_trace",
+    "targets",
+]

@@ -129,13 +129,23 @@ class Trace:
         A request whose ``previous`` is cut off follows none. Raises TraceError if none is left.
         """
         keep = (self.arrival_s >= start_s) & (self.arrival_s < end_s)
+        cut = self.take(keep)
+        return dataclasses.replace(cut, arrival_s=cut.arrival_s - start_s)
+
+    def take(self, keep: NDArray[np.bool_], *, note: str | None = None) -> "Trace":
+        """Return the requests where ``keep`` (n,) is true; ``previous`` is -1 where it is not kept.
+
+        ``note`` is added to the notes. Raises TraceError if none is left.
+        """
+        if not keep.any():
+            raise TraceError(f"{self.name}: no request is left of {len(self)}")
         renumbered = np.where(keep, np.cumsum(keep) - 1, -1)
         previous = self.previous[keep]
         lengths = np.diff(self.run_offset)
         runs = np.repeat(keep, lengths)
         return dataclasses.replace(
             self,
-            arrival_s=self.arrival_s[keep] - start_s,
+            arrival_s=self.arrival_s[keep],
             prompt_tokens=self.prompt_tokens[keep],
             output_tokens=self.output_tokens[keep],
             run_start=self.run_start[runs],
@@ -144,6 +154,7 @@ class Trace:
             session=self.session[keep],
             previous=np.where(previous >= 0, renumbered[previous], -1),
             think_s=self.think_s[keep],
+            notes=self.notes if note is None else (*self.notes, note),
         )
 
     def scale_rate(self, factor: float) -> "Trace":
