@@ -26,7 +26,7 @@ from mulsched.errors import (
 )
 from mulsched.types import EngineHash, Keys
 
-__all__ = ["PrefixIndex", "as_keys"]
+__all__ = ["Backend", "PrefixIndex", "as_hashes", "as_keys"]
 
 UNBOUNDED = -1
 UNKNOWN_PARENT = -1
@@ -126,7 +126,8 @@ def as_keys(keys: Any, name: str = "keys") -> Keys:
     return np.ascontiguousarray(array, dtype=np.uint64)
 
 
-def _as_hashes(hashes: Sequence[EngineHash] | NDArray[np.uint64]) -> Keys:
+def as_hashes(hashes: Sequence[EngineHash] | NDArray[np.uint64]) -> Keys:
+    """Return engine hashes as 64-bit words, shape ``(n,)``. Raises InvalidType, InvalidArgument."""
     if isinstance(hashes, np.ndarray):
         return as_keys(hashes, "engine_hashes")
     if isinstance(hashes, str | bytes) or not isinstance(hashes, Iterable):
@@ -293,7 +294,7 @@ class PrefixIndex:
             return self._tree.store(row, path)
         if engine_hashes is None:
             raise InvalidArgument(f"instance {instance!r} needs engine_hashes, one for each of the keys")
-        hashes = _as_hashes(engine_hashes)
+        hashes = as_hashes(engine_hashes)
         if len(hashes) != len(path):
             raise InvalidArgument(f"{len(path)} keys need as many engine_hashes, got {len(hashes)}")
         stored = self._tree.store_named(row, None if parent is None else engine_hash(parent), hashes, path)
@@ -309,7 +310,7 @@ class PrefixIndex:
         Raises UnknownInstance, InvalidType, InvalidArgument.
         """
         row = self._row_of(instance, "named")
-        hashes = _as_hashes(engine_hashes)
+        hashes = as_hashes(engine_hashes)
         known = self._tree.remove_named(row, hashes)
         self.removed_unknown += len(hashes) - known
         return known

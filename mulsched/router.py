@@ -24,7 +24,7 @@ from mulsched.indicators import COLUMNS, Columns, fill_columns
 from mulsched.load import Booking, LoadTable, check_now
 from mulsched.policies import Policy, Ties
 from mulsched.policies._policy import select as select_composed
-from mulsched.prefix_index import PrefixIndex, as_keys
+from mulsched.prefix_index import PrefixIndex, as_hashes, as_keys
 from mulsched.scorers import Custom, Linear, Multiplicative
 from mulsched.types import (
     BlockRemoved,
@@ -521,8 +521,9 @@ class Router:
             if isinstance(event, BlockStored):
                 self._apply_stored(event)
             elif isinstance(event, BlockRemoved):
+                hashes = as_hashes(event.block_hashes)
                 self._observe(event.instance)
-                self._index.remove(event.instance, event.block_hashes)
+                self._index.remove(event.instance, hashes)
             elif isinstance(event, CacheCleared):
                 self._observe(event.instance)
                 self._index.clear(event.instance)
@@ -540,7 +541,7 @@ class Router:
                 f"instance {event.instance!r} stores blocks of {event.block_size} tokens, "
                 f"the router's are {self._block_size}"
             )
-        keys = self._event_keys(event)
+        keys, hashes = self._event_keys(event), as_hashes(event.block_hashes)
         if event.instance in self._predicted and event.parent_hash is not None:
             raise UnknownBlock(
                 f"instance {event.instance!r} holds no block with engine hash {event.parent_hash!r}"

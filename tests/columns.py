@@ -1,0 +1,81 @@
+"""Columns for tests of scores and policies, without a router."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from mulsched.indicators import COLUMNS, Columns
+from mulsched.types import Request
+
+
+def make_columns(
+    *,
+    prompt=1000,
+    matched=None,
+    queued=None,
+    running=None,
+    waiting=None,
+    context=None,
+    cached=None,
+    last_chosen=None,
+    block_size=16,
+    decision=0,
+    seed=0,
+    now=None,
+    session=None,
+    names=None,
+    keys=(),
+):
+    """Columns of as many candidates as the longest list given; the rest is zero (last_chosen -1)."""
+    given = {
+        "matched_blocks": matched,
+        "queued_prefill_tokens": queued,
+        "running": running,
+        "waiting": waiting,
+        "context_tokens": context,
+        "cached_blocks": cached,
+        "last_chosen": last_chosen,
+    }
+    n = max(len(values) for values in given.values() if values is not None)
+    table = np.zeros((len(COLUMNS), n), dtype=np.int64)
+    table[COLUMNS.index("last_chosen")] = -1
+    for name, values in given.items():
+        if values is not None:
+            table[COLUMNS.index(name)] = values
+    table[1] = np.minimum(table[0] * block_size, (prompt - 1) // block_size * block_size)
+    table[2] = prompt - table[1]
+    table[4] = table[3] + table[2]
+    table[7] = table[5] + table[6] + 1
+    return Columns(
+        request=Request(prompt, np.array(keys, dtype=np.uint64), "r", session),
+        instances=tuple(names or (f"i{row}" for row in range(n))),
+        rows=np.arange(n, dtype=np.int64),
+        table=table,
+        decision=decision,
+        block_size=block_size,
+        seed=seed,
+        now=now,
+    )
+
+
+@st.composite
+def columns(draw, *, min_size=1, max_size=6, now=None):
+    """Random columns with small numbers, so that ties and zeros are common."""
+    n = draw(st.integers(min_size, max_size))
+
+    def counts(most):
+        return draw(st.lists(st.integers(0, most), min_size=n, max_size=n))
+
+    return make_columns(
+        prompt=draw(st.integers(1, 200)),
+        matched=counts(12),
+        queued=counts(300),
+        running=counts(40),
+        waiting=counts(5),
+        context=counts(4000),
+        cached=counts(100),
+        last_chosen=draw(st.permutations(range(-1, n - 1))),
+        decision=draw(st.integers(0, 1000)),
+        seed=draw(st.integers(0, 5)),
+        session=draw(st.none() | st.sampled_from(["s", "t"])),
+        now=now,
+    )

@@ -1,0 +1,130 @@
+"""Filters, scores, ties and the registry: what every policy is run by."""
+
+import numpy as np
+import pytest
+from columns import columns, make_columns
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mulsched import policies
+from mulsched.errors import InvalidArgument, InvalidType, NoEligibleInstance, NonFiniteScore, UnknownPolicy
+from mulsched.policies import Policy, _policy
+from mulsched.policies._policy import pick, select
+
+
+def zeros(c):
+    return np.zeros(len(c))
+
+
+def test_the_smallest_score_wins():
+    assert pick(make_columns(running=[0, 0, 0]), np.array([3.0, 1.0, 2.0]), "least_recent") == 1
+
+
+@pytest.mark.parametrize("ties", ["least_recent", "random"])
+def test_equal_scores_go_to_the_smallest_batch(ties):
+    assert pick(make_columns(running=[3, 1, 2]), np.zeros(3), ties) == 1
+
+
+def test_then_to_the_least_recently_chosen_then_to_the_lowest_row():
+    assert pick(make_columns(last_chosen=[5, 2, 9]), np.zeros(3), "least_recent") == 1
+    assert pick(make_columns(last_chosen=[-1, -1, -1]), np.zeros(3), "least_recent") == 0
+
+
+def test_first_takes_the_lowest_row_at_once():
+    assert pick(make_columns(running=[3, 1], last_chosen=[5, 2]), np.zeros(2), "first") == 0
+
+
+def test_random_ties_reach_everyone_and_repeat_with_the_seed():
+    chosen = [
+        pick(make_columns(running=[0, 0, 0], decision=d, seed=1), np.zeros(3), "random") for d in range(60)
+    ]
+    again = [
+        pick(make_columns(running=[0, 0, 0], decision=d, seed=1), np.zeros(3), "random") for d in range(60)
+    ]
+    assert set(chosen) == {0, 1, 2}
+    assert chosen == again
+
+
+def test_filters_chain_and_the_score_sees_who_is_left():
+    seen = []
+
+    def score(c):
+        seen.append(list(c.instances))
+        return c.batch_size.astype(float)
+
+    policy = Policy(
+        name="p", score=score, filters=(lambda c: c.running < 9, lambda c: c.running > c.running.min())
+    )
+    position, scores = select(policy, make_columns(running=[0, 9, 4, 6]), "least_recent")
+    assert seen == [["i2", "i3"]]
+    assert position == 2
+    assert np.isnan(scores).tolist() == [True, True, False, False]
+
+
+def test_a_filter_that_leaves_nobody_raises():
+    policy = Policy(name="strict", score=zeros, filters=(lambda c: c.running < 0,))
+    with pytest.raises(NoEligibleInstance, match="filter 0 of policy 'strict' left none of 2 candidates"):
+        select(policy, make_columns(running=[1, 2]), "first")
+
+
+@pytest.mark.parametrize("mask", [np.array([1, 0]), np.array([True]), np.array([[True, True]])])
+def test_a_filter_must_return_a_mask(mask):
+    policy = Policy(name="p", score=zeros, filters=(lambda c: mask,))
+    with pytest.raises(InvalidArgument, match="must return a bool mask of shape"):
+        select(policy, make_columns(running=[1, 2]), "first")
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0, float("nan")], "gave nan for instance 'i1'"),
+        ([float("inf"), 1.0], "gave inf for instance 'i0'"),
+        ([1.0], "shape \\(2,\\), got shape \\(1,\\)"),
+        (1.0, "got shape \\(\\)"),
+        (["a", "b"], "must return numbers"),
+    ],
+)
+def test_scores_must_be_finite_one_for_each(scores, message):
+    with pytest.raises(NonFiniteScore, match=message):
+        select(Policy(name="p", score=lambda c: np.array(scores)), make_columns(running=[1, 2]), "first")
+
+
+def test_a_policy_checks_what_it_is_made_of():
+    with pytest.raises(InvalidType, match="must be callable"):
+        Policy(name="p", score=3)
+    with pytest.raises(InvalidArgument, match="ties must be"):
+        Policy(name="p", score=zeros, ties="coin")
+
+
+def test_the_registry_builds_a_new_policy_each_time():
+    assert policies.get("sticky") is not policies.get("sticky")
+    assert set(policies.names()) >= {"lmetric", "vllm", "preble"}
+
+
+def test_a_registered_policy_is_found_by_name_until_replaced(monkeypatch):
+    monkeypatch.setattr(_policy, "_REGISTRY", dict(_policy._REGISTRY))
+    policies.register("mine", lambda *, x=1: Policy(name=f"mine-{x}", score=zeros))
+    assert policies.get("mine", x=3).name == "mine-3"
+    with pytest.raises(InvalidArgument, match="'mine' is registered already"):
+        policies.register("mine", lambda: None)
+    policies.register("mine", lambda: Policy(name="other", score=zeros), replace=True)
+    assert policies.get("mine").name == "other"
+
+
+def test_bad_registrations_and_unknown_names_are_refused():
+    with pytest.raises(InvalidType, match="must be a str, got int"):
+        policies.register(3, lambda: None)
+    with pytest.raises(InvalidType, match="must be callable, got str"):
+        policies.register("x", "y")
+    for name in ("best", None, []):
+        with pytest.raises(UnknownPolicy, match="unknown policy .*, expected one of aibrix, bailian"):
+            policies.get(name)
+
+
+@given(columns(), st.sampled_from(["least_recent", "random", "first"]))
+def test_a_pick_has_the_smallest_score_and_then_the_smallest_batch(c, ties):
+    scores = (c.running % 3).astype(float)
+    chosen = pick(c, scores, ties)
+    assert scores[chosen] == scores.min()
+    if ties != "first":
+        assert c.batch_size[chosen] == c.batch_size[scores == scores.min()].min()

@@ -1,0 +1,165 @@
+"""Replays: the production router in front of modelled engines."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mulsched import policies
+from mulsched.errors import InvalidArgument, UnknownPolicy
+from mulsched.policies import Policy
+from mulsched.replay import builtin_profile, replay, replay_many, synthetic_trace
+from mulsched.replay.report import noise_floor, records, to_csv, to_json
+
+PROFILE = builtin_profile()
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return synthetic_trace("chat", duration_s=60, seed=4, rate_per_s=8)
+
+
+def run(trace, policy="lmetric", **options):
+    return replay(trace, policy, **({"profile": PROFILE, "instances": 3} | options))
+
+
+def test_every_request_has_one_first_token_and_one_end_in_order(chat):
+    result = run(chat)
+    assert (result.first_token_s > result.arrival_s).all()
+    assert (result.finish_s >= result.first_token_s).all()
+    assert ((0 <= result.instance) & (result.instance < 3)).all()
+    assert result.arrival_s.tolist() == chat.arrival_s.tolist()
+
+
+def test_with_events_the_router_knows_what_the_engine_will_find(chat):
+    result = run(chat)
+    # a request may find more, computed while it waited, and less, evicted: here the caches are large
+    assert (result.cached_tokens >= result.hit_tokens).all()
+    assert result.hit_tokens.sum() > 0.9 * result.cached_tokens.sum() > 0
+
+
+def test_no_hit_is_more_than_the_ideal(chat):
+    result = run(chat)
+    assert 0 < result.summary()["hit_ratio"] <= chat.stats().hit_ratio
+    assert (result.cached_tokens < chat.prompt_tokens).all()
+
+
+def test_one_instance_with_room_reaches_the_ideal_but_for_requests_that_overlap(chat):
+    slow = chat.scale_rate(0.05)
+    assert run(slow, instances=1).summary()["hit_ratio"] > 0.95 * slow.stats().hit_ratio
+
+
+def test_predicted_caches_come_close_to_observed_ones(chat):
+    observed, predicted = run(chat), run(chat, cache_source="predicted")
+    assert predicted.summary()["hit_ratio"] == pytest.approx(observed.summary()["hit_ratio"], rel=0.1)
+    assert predicted.hit_tokens.sum() > 0
+
+
+def test_the_cache_pays(chat):
+    by_name = {name: run(chat, name).summary() for name in ("lmetric", "round_robin")}
+    assert by_name["lmetric"]["hit_ratio"] > by_name["round_robin"]["hit_ratio"]
+    assert by_name["lmetric"]["ttft_mean_s"] < by_name["round_robin"]["ttft_mean_s"]
+
+
+def test_round_robin_spreads_evenly(chat):
+    counts = np.bincount(run(chat, "round_robin").instance)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_in_a_closed_loop_a_follow_up_waits_for_the_answer_and_the_thinking(chat):
+    result = run(chat, loop="closed")
+    follow_ups = np.flatnonzero(chat.previous >= 0)
+    assert len(follow_ups) > 10
+    expected = result.finish_s[chat.previous[follow_ups]] + chat.think_s[follow_ups]
+    assert result.arrival_s[follow_ups] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_every_policy_replays_and_the_seed_decides(chat, name):
+    short = chat.slice(0, 15)
+    one, same = run(short, name, seed=5), run(short, name, seed=5)
+    assert one.instance.tolist() == same.instance.tolist()
+    assert one.finish_s.tolist() == same.finish_s.tolist()
+    assert one.policy == name
+
+
+def test_small_caches_evict_and_still_agree_with_the_router(chat):
+    result = run(chat, kv_blocks=2100)
+    assert result.kv_blocks == 2100
+    assert result.summary()["hit_ratio"] < run(chat).summary()["hit_ratio"]
+
+
+def test_golden_numbers(chat):
+    summary = run(chat, seed=1).summary()
+    assert {k: float(f"{v:.5g}") for k, v in summary.items() if k.startswith("t") or k == "hit_ratio"} == GOLDEN
+
+
+def test_processes_do_not_change_results(chat):
+    jobs = [{"policy": name, "profile": PROFILE, "instances": 2} for name in ("lmetric", "vllm")]
+    short, seen = chat.slice(0, 10), []
+    alone = replay_many(short, jobs)
+    pooled = replay_many(short, jobs, processes=2, progress=lambda *message: seen.append(message))
+    for one, other in zip(alone, pooled, strict=True):
+        assert one.finish_s.tolist() == other.finish_s.tolist()
+    assert {(job, done) for job, done, _ in seen if done == len(short)} == {(0, len(short)), (1, len(short))}
+
+
+def test_an_error_in_a_worker_reaches_the_caller(chat):
+    with pytest.raises(InvalidArgument, match="instances and kv_blocks must be at least 1"):
+        replay_many(chat, [{"policy": "vllm", "profile": PROFILE, "instances": 0}] * 2, processes=2)
+
+
+def test_a_policy_object_replays_too(chat):
+    first = Policy(name="first", score=lambda columns: np.zeros(len(columns)), ties="first")
+    assert set(run(chat.slice(0, 5), first).instance.tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"policy": "best"}, UnknownPolicy, "unknown policy 'best'"),
+        ({"instances": 0}, InvalidArgument, "at least 1, got 0"),
+        ({"kv_blocks": 0}, InvalidArgument, "at least 1"),
+        ({"kv_blocks": 10}, InvalidArgument, "an engine holds 160"),
+        ({"loop": "half"}, InvalidArgument, "loop open or closed, got events, half"),
+        ({"cache_source": "guess"}, InvalidArgument, "cache_source must be events or predicted"),
+    ],
+)
+def test_bad_options_are_refused(chat, options, error, message):
+    with pytest.raises(error, match=message):
+        run(chat, **options)
+
+
+def test_reports_name_everything_that_was_replayed(chat):
+    results = [run(chat.slice(0, 10), name) for name in ("lmetric", "vllm")]
+    for record in records(results):
+        assert (record["trace"], record["profile"], record["seed"]) == ("synthetic:chat", "builtin-8b", 0)
+        assert record["instances"] == 3
+    loaded = json.loads(to_json(results, noise_floor(*results)))
+    assert [r["policy"] for r in loaded["results"]] == ["lmetric", "vllm"]
+    assert set(loaded["noise_floor"]) == {"ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s"}
+    header, *rows = to_csv(results).splitlines()
+    assert header.startswith("trace,synthetic,policy,profile,seed")
+    assert len(rows) == 2
+
+
+def test_a_figure_that_does_not_exist_is_null_in_json(chat):
+    single = dataclasses.replace(chat, output_tokens=np.ones(len(chat), dtype=np.int64)).slice(0, 5)
+    (record,) = json.loads(to_json([run(single)], None))["results"]
+    assert record["tpot_mean_s"] is None
+    assert record["ttft_mean_s"] > 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(["lmetric", "most_hits", "random"]), st.integers(1, 4))
+def test_requests_are_conserved_on_any_seed(seed, policy, instances):
+    trace = synthetic_trace("tool_agent", duration_s=5, seed=seed)
+    result = run(trace, policy, instances=instances, kv_blocks=9000)
+    assert (result.finish_s >= result.first_token_s).all()
+    assert np.bincount(result.instance, minlength=instances).sum() == len(trace)
+
+
+GOLDEN = {}

@@ -1,0 +1,89 @@
+"""Scores and their composition."""
+
+import numpy as np
+import pytest
+from columns import columns, make_columns
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mulsched.errors import InvalidArgument, InvalidType
+from mulsched.scorers import Custom, Linear, Multiplicative, lexicographic, min_max
+
+
+def test_the_product_is_lmetric_unless_told_otherwise():
+    c = make_columns(prompt=100, matched=[5, 0], running=[1, 3])
+    assert Multiplicative()(c).tolist() == [20 * 2, 100 * 4]
+    assert Multiplicative("new_prefill_tokens")(c).tolist() == [20, 100]
+
+
+def test_a_linear_score_is_the_weighted_sum():
+    c = make_columns(prompt=100, matched=[5, 0], running=[1, 3])
+    assert Linear({"new_prefill_tokens": 0.5, "batch_size": 2})(c).tolist() == [14, 58]
+
+
+def test_normalised_by_the_largest_or_to_the_range():
+    c = make_columns(running=[1, 3, 5], waiting=[0, 0, 0])
+    assert Linear({"running": 2.0}, normalise="max")(c).tolist() == pytest.approx([0.4, 1.2, 2])
+    assert Linear({"running": 2.0}, normalise="min_max")(c).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("normalise", ["max", "min_max"])
+def test_a_column_of_zeros_normalises_to_zero(normalise):
+    assert Linear({"waiting": 5.0}, normalise=normalise)(make_columns(running=[1, 3])).tolist() == [0, 0]
+
+
+def test_a_custom_score_has_a_name_and_becomes_float():
+    def by_running(c):
+        return c.running
+
+    score = Custom(by_running)
+    assert score.name == "by_running"
+    assert score(make_columns(running=[1, 3])).dtype == np.float64
+    assert repr(Custom(by_running, name="mine")) == "Custom(mine)"
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Multiplicative("speed"), InvalidArgument, "unknown indicator 'speed', expected one of matched"),
+        (lambda: Linear({}), InvalidArgument, "at least one indicator, got none"),
+        (lambda: Linear({"speed": 1}), InvalidArgument, "unknown indicator 'speed'"),
+        (lambda: Linear({"running": float("nan")}), InvalidArgument, "weight of 'running' must be finite, got nan"),
+        (lambda: Linear({"running": float("inf")}), InvalidArgument, "must be finite, got inf"),
+        (lambda: Linear({"running": "1"}), InvalidType, "must be a number, got str"),
+        (lambda: Linear({"running": True}), InvalidType, "must be a number, got bool"),
+        (lambda: Linear([("running", 1)]), InvalidType, "weights must map indicators to numbers, got list"),
+        (lambda: Linear({"running": 1}, normalise="z"), InvalidArgument, "must be None, 'max' or 'min_max'"),
+        (lambda: Custom(5), InvalidType, "a score must be callable, got int"),
+    ],
+)
+def test_bad_scores_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_lexicographic_ranks_by_the_first_key_then_the_next():
+    first, second = np.array([1, 0, 1, 0]), np.array([5, 9, 4, 9])
+    assert lexicographic(first, second).tolist() == [2, 0, 1, 0]
+
+
+@given(columns())
+def test_lexicographic_orders_as_tuples_do(c):
+    ranks = lexicographic(-c.hit_tokens, c.batch_size)
+    keys = list(zip((-c.hit_tokens).tolist(), c.batch_size.tolist(), strict=True))
+    assert ranks.tolist() == [sorted(set(keys)).index(key) for key in keys]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
+def test_min_max_lies_in_the_unit_interval(values):
+    scaled = min_max(np.array(values))
+    assert ((scaled >= 0) & (scaled <= 1)).all()
+
+
+@given(columns(), st.integers(1, 1000))
+def test_a_product_does_not_mind_the_unit(c, factor):
+    def scaled(x):
+        return x.p_tokens * factor * x.batch_size
+
+    plain, other = Multiplicative()(c), Custom(scaled)(c)
+    assert np.argsort(plain, kind="stable").tolist() == np.argsort(other, kind="stable").tolist()
