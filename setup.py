@@ -28,8 +28,8 @@ class BuildExtension(build_ext):
         command = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
         if self.compiler.compiler_type == "unix" and shutil.which(command[0]) is None:
             sys.exit(
-                f"mulsched: no C++ compiler ({command[0]!r} not found): install one (Debian: apt install g++), "
-                "or set MULSCHED_NO_EXTENSION=1 to build the pure-Python package."
+                f"mulsched: no C++ compiler ({command[0]!r} not found): install one (Debian: apt install g++)"
+                ", or set MULSCHED_NO_EXTENSION=1 to build the pure-Python package."
             )
         super().build_extensions()
 

@@ -38,9 +38,14 @@ def _parser() -> argparse.ArgumentParser:
         "throughput, hit ratio and load spread. Without TRACE a synthetic workload is replayed.",
     )
     replay.add_argument("trace", nargs="?", metavar="TRACE", help="trace file, plain or gzip")
-    replay.add_argument("--format", choices=sorted(FORMATS), help="format of TRACE (default: by its first line)")
     replay.add_argument(
-        "--workload", choices=sorted(WORKLOADS), default="chat", help="synthetic workload when TRACE is not given"
+        "--format", choices=sorted(FORMATS), help="format of TRACE (default: by its first line)"
+    )
+    replay.add_argument(
+        "--workload",
+        choices=sorted(WORKLOADS),
+        default="chat",
+        help="synthetic workload when TRACE is not given",
     )
     replay.add_argument(
         "--policy", action="append", metavar="NAME", help="a policy; repeat for more (see mulsched info)"
@@ -55,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument(
         "--max-prompt-tokens", type=int, metavar="N", help="leave out longer requests of TRACE"
     )
-    replay.add_argument("--loop", choices=get_args(Loop), default="open", help="arrivals by time, or by think time")
+    replay.add_argument(
+        "--loop", choices=get_args(Loop), default="open", help="arrivals by time, or by think time"
+    )
     replay.add_argument(
         "--cache-source",
         choices=get_args(CacheSource),

@@ -547,7 +547,7 @@ class Router:
                 f"instance {event.instance!r} holds no block with engine hash {event.parent_hash!r}"
             )
         self._observe(event.instance)
-        self._index.store(event.instance, keys, parent=event.parent_hash, engine_hashes=event.block_hashes)
+        self._index.store(event.instance, keys, parent=event.parent_hash, engine_hashes=hashes)
 
     def _event_keys(self, event: BlockStored) -> Keys:
         if (event.token_ids is None) == (event.block_keys is None):

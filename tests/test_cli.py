@@ -19,13 +19,19 @@ def test_replay_prints_a_row_per_policy_the_notes_and_the_noise_floor(capsys):
     assert main([*arguments, "--processes", "1"]) == 0
     out = capsys.readouterr().out
     assert "mooncake.jsonl: 3 requests, 2 instances x 26000 blocks, builtin-8b" in out
-    assert [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")] == ["lmetric", "vllm"]
+    assert [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")] == [
+        "lmetric",
+        "vllm",
+    ]
     assert "Note: arrivals spread within timestamp ticks, seeded" in out
     assert "Noise floor: lmetric with other ties and seed moves ttft_mean" in out
 
 
 def test_replay_without_a_trace_is_synthetic_and_says_so(capsys):
-    assert main(["replay", "--duration", "5", "--policy", "lmetric", "--no-noise-floor", "--processes", "1"]) == 0
+    assert (
+        main(["replay", "--duration", "5", "--policy", "lmetric", "--no-noise-floor", "--processes", "1"])
+        == 0
+    )
     captured = capsys.readouterr()
     assert "achieved    target" in captured.out
     assert "synthetic:chat (synthetic)" in captured.out
@@ -88,5 +94,7 @@ def test_info_tells_backend_and_policies(capsys):
 
 
 def test_it_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "mulsched", "info"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mulsched", "info"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("mulsched ")

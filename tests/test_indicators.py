@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from backends import BACKENDS, new_backend
 from columns import columns, make_columns
-from conftest import BACKENDS, new_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, new_backend
+from backends import BACKENDS, new_backend
 
 from mulsched.errors import (
     DuplicateInstance,

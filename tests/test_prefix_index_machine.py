@@ -1,9 +1,11 @@
 """Random operations on the twins and on the naive model: one content, one answer, one tree."""
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
+from backends import BACKENDS, new_backend
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -23,11 +25,7 @@ def words(values):
 
 
 def twins():
-    if os.environ.get("MULSCHED_BACKEND") == "python":
-        return [PrefixIndexPy]
-    from mulsched._native import PrefixIndex as NativeIndex
-
-    return [PrefixIndexPy, NativeIndex]
+    return [partial(new_backend, name) for name in BACKENDS]
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -192,7 +190,8 @@ def test_the_harness_catches_a_broken_index(broken):
         backends = staticmethod(lambda: [PrefixIndexPy, broken])
 
     quick = settings(
-        max_examples=300,
+        max_examples=1000,
+        derandomize=True,
         stateful_step_count=20,
         deadline=None,
         database=None,

@@ -179,7 +179,10 @@ def test_explain_names_ties_and_filtered_candidates():
     text = r.select(PROMPT, session="s").explain()
     assert "2 filtered out" in text
     assert text.count("filtered") == 3
-    assert "equal scores, the smallest batch wins, then the least recently chosen" in router().select([1]).explain()
+    assert (
+        "equal scores, the smallest batch wins, then the least recently chosen"
+        in router().select([1]).explain()
+    )
     assert "the first row wins" in router(ties="first").select([1]).explain()
 
 
@@ -461,7 +464,11 @@ def test_a_removal_event_of_an_instance_returns_its_requests():
         (InstanceRemoved("x"), UnknownInstance, "unknown instance 'x'"),
         (stored(parent=77), UnknownBlock, "holds no block with engine hash 77"),
         (stored(block_size=8), BlockSizeMismatch, "stores blocks of 8 tokens, the router's are 4"),
-        (stored(tokens=PROMPT[:6], block_hashes=[1, 2]), InvalidArgument, "2 blocks of 4 need 8 token_ids, got 6"),
+        (
+            stored(tokens=PROMPT[:6], block_hashes=[1, 2]),
+            InvalidArgument,
+            "2 blocks of 4 need 8 token_ids, got 6",
+        ),
         (stored(token_ids=None), InvalidArgument, "either token_ids or block_keys"),
         (stored(block_keys=block_keys(PROMPT, 4)), InvalidArgument, "either token_ids or block_keys"),
         (stored(token_ids=None, block_keys=[1]), InvalidArgument, "25 block_hashes need as many keys, got 1"),
@@ -517,9 +524,17 @@ def test_a_router_refuses_bad_options(options, error, message):
         (lambda r: r.add_instance("x", cache_blocks=NAN), InvalidType, "must be an int, got float"),
         (lambda r: r.remove_instance("x"), UnknownInstance, "unknown instance 'x'"),
         (lambda r: r.load("x"), UnknownInstance, "unknown instance 'x'"),
-        (lambda r: r.route([], request_id=9), InvalidTokens, "a prompt must have at least one token, got none"),
+        (
+            lambda r: r.route([], request_id=9),
+            InvalidTokens,
+            "a prompt must have at least one token, got none",
+        ),
         (lambda r: r.route_text("", request_id=9), InvalidTokens, "at least one character, got none"),
-        (lambda r: r.route([1, "x"], request_id=9), InvalidType, "tokens must be integers, got str at position 1"),
+        (
+            lambda r: r.route([1, "x"], request_id=9),
+            InvalidType,
+            "tokens must be integers, got str at position 1",
+        ),
         (lambda r: r.route([1, -1], request_id=9), InvalidTokens, "got -1 at position 1"),
         (lambda r: r.route("text", request_id=9), InvalidType, "got str"),
         (lambda r: r.route_text(b"text", request_id=9), InvalidType, "text must be a str, got bytes"),
@@ -528,14 +543,34 @@ def test_a_router_refuses_bad_options(options, error, message):
         (lambda r: r.route(PROMPT, request_id=9, now="1"), InvalidType, "now must be a number of seconds"),
         (lambda r: r.route(PROMPT, request_id=9, candidates=["x"]), UnknownInstance, "unknown instance 'x'"),
         (lambda r: r.route(PROMPT, request_id=9, candidates=[]), NoEligibleInstance, "candidates is empty"),
-        (lambda r: r.route(PROMPT, request_id=9, candidates="a"), InvalidType, "iterable of instances, got str"),
-        (lambda r: r.route(PROMPT, request_id=9, candidates=3), InvalidType, "iterable of instances, got int"),
+        (
+            lambda r: r.route(PROMPT, request_id=9, candidates="a"),
+            InvalidType,
+            "iterable of instances, got str",
+        ),
+        (
+            lambda r: r.route(PROMPT, request_id=9, candidates=3),
+            InvalidType,
+            "iterable of instances, got int",
+        ),
         (lambda r: r.route(PROMPT, request_id=9, namespace="x"), InvalidType, "must be a Namespace or None"),
-        (lambda r: r.route_keys([1], prompt_tokens=100, request_id=9), InvalidArgument, "25 whole blocks of 4, got 1"),
+        (
+            lambda r: r.route_keys([1], prompt_tokens=100, request_id=9),
+            InvalidArgument,
+            "25 whole blocks of 4, got 1",
+        ),
         (lambda r: r.route_keys([], prompt_tokens=0, request_id=9), InvalidArgument, "at least 1, got 0"),
-        (lambda r: r.route_keys([], prompt_tokens=1.5, request_id=9), InvalidType, "must be an int, got float"),
+        (
+            lambda r: r.route_keys([], prompt_tokens=1.5, request_id=9),
+            InvalidType,
+            "must be an int, got float",
+        ),
         (lambda r: r.route_keys("k", prompt_tokens=4, request_id=9), InvalidType, "64-bit integers, got str"),
-        (lambda r: r.dispatch(r.select(PROMPT), request_id=9, now=NAN), InvalidArgument, "now must be finite"),
+        (
+            lambda r: r.dispatch(r.select(PROMPT), request_id=9, now=NAN),
+            InvalidArgument,
+            "now must be finite",
+        ),
         (lambda r: r.expire(now=NAN, older_than_s=1), InvalidArgument, "must be finite, got nan"),
         (lambda r: r.expire(now=1, older_than_s=-1), InvalidArgument, "at least 0, got -1"),
         (lambda r: r.report_load("x", running=1, waiting=1), UnknownInstance, "unknown instance 'x'"),

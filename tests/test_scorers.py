@@ -45,10 +45,18 @@ def test_a_custom_score_has_a_name_and_becomes_float():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Multiplicative("speed"), InvalidArgument, "unknown indicator 'speed', expected one of matched"),
+        (
+            lambda: Multiplicative("speed"),
+            InvalidArgument,
+            "unknown indicator 'speed', expected one of matched",
+        ),
         (lambda: Linear({}), InvalidArgument, "at least one indicator, got none"),
         (lambda: Linear({"speed": 1}), InvalidArgument, "unknown indicator 'speed'"),
-        (lambda: Linear({"running": float("nan")}), InvalidArgument, "weight of 'running' must be finite, got nan"),
+        (
+            lambda: Linear({"running": float("nan")}),
+            InvalidArgument,
+            "weight of 'running' must be finite, got nan",
+        ),
         (lambda: Linear({"running": float("inf")}), InvalidArgument, "must be finite, got inf"),
         (lambda: Linear({"running": "1"}), InvalidType, "must be a number, got str"),
         (lambda: Linear({"running": True}), InvalidType, "must be a number, got bool"),

@@ -64,13 +64,14 @@ def sglang_cache_aware(
 
     def score(columns: Columns) -> NDArray[np.float64]:
         load = columns.batch_size - 1
-        if load.max() - load.min() > absolute and load.max() > relative * load.min():
-            balanced: NDArray[np.float64] = load.astype(np.float64)
-            return balanced
         matched = columns.matched_blocks * columns.block_size
-        if matched.max() > threshold * columns.request.prompt_tokens:
-            return (matched.max() - matched).astype(np.float64)
-        return columns.cached_blocks.astype(np.float64)
+        if load.max() - load.min() > absolute and load.max() > relative * load.min():
+            cost = load
+        elif matched.max() > threshold * columns.request.prompt_tokens:
+            cost = matched.max() - matched
+        else:
+            cost = columns.cached_blocks
+        return cost.astype(np.float64)
 
     return Policy(
         name="sglang_cache_aware",

@@ -176,7 +176,9 @@ def load_profile(path: str | Path, *, kv_blocks: int = 26_000) -> Profile:
     with file.open(newline="") as lines:
         reader = csv.DictReader(lines)
         if reader.fieldnames is None or not set(_FIELDS) <= set(reader.fieldnames):
-            raise ProfileError(f"{file.name}:1: columns {', '.join(_FIELDS)} expected, got {reader.fieldnames}")
+            raise ProfileError(
+                f"{file.name}:1: columns {', '.join(_FIELDS)} expected, got {reader.fieldnames}"
+            )
         for row in reader:
             where = f"{file.name}:{reader.line_num}"
             try:

@@ -8,6 +8,7 @@ gaps are lognormal. The constants of each workload were fitted by random search 
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -209,13 +210,7 @@ def _generate(
 
     weight = np.arange(1, workload.templates + 1) ** -workload.template_zipf
     template = rng.choice(workload.templates, n_sessions, p=weight / weight.sum())
-    template_blocks = np.maximum(
-        1,
-        np.round(
-            _lognormal(rng, workload.template_median, workload.template_sigma, workload.templates)
-            / BLOCK_SIZE
-        ),
-    ).astype(np.int64)
+    template_blocks = _template_blocks(workload)
     template_start = np.cumsum(template_blocks) - template_blocks
 
     n = int(turns.sum())
@@ -263,6 +258,19 @@ def _generate(
         synthetic=True,
         notes=("synthetic: calibrated to published figures, not recorded",),
     )
+
+
+def _template_blocks(workload: Workload) -> Ints:
+    """Return the length of every template: lognormal quantiles in an order of low discrepancy.
+
+    The few most popular templates make most of the hits: drawn at random, their lengths would move the hit
+    ratio by a third from seed to seed.
+    """
+    quantiles = np.modf((np.arange(workload.templates) + 0.5) * (math.sqrt(5) - 1) / 2)[0]
+    normal = [NormalDist().inv_cdf(q) for q in np.clip(quantiles, 0.005, 0.995)]
+    tokens = workload.template_median * np.exp(workload.template_sigma * np.array(normal))
+    blocks: Ints = np.maximum(1, np.round(tokens / BLOCK_SIZE)).astype(np.int64)
+    return blocks
 
 
 def _lognormal(rng: np.random.Generator, median: float, sigma: float, n: int) -> np.ndarray:

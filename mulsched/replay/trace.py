@@ -15,7 +15,7 @@ __all__ = ["Trace", "TraceStats", "lru_hit_ratio"]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_PRIVATE = np.uint64(1 << 63)  # key space of blocks that the trace gives no id
+_PRIVATE = 1 << 63  # key space of blocks that the trace gives no id
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,9 @@ class Trace:
         if n == 0:
             raise TraceError(f"{self.name}: the trace has no requests")
         if len(self.run_offset) != n + 1 or self.run_offset[-1] != len(self.run_start):
-            raise TraceError(f"{self.name}: run_offset does not fit {n} requests and {len(self.run_start)} runs")
+            raise TraceError(
+                f"{self.name}: run_offset does not fit {n} requests and {len(self.run_start)} runs"
+            )
         if not np.isfinite(self.arrival_s).all() or (np.diff(self.arrival_s) < 0).any():
             raise TraceError(f"{self.name}: arrivals must be finite and in order")
         for column in ("prompt_tokens", "output_tokens"):
@@ -117,10 +119,11 @@ class Trace:
         ratio = self.block_size // block_size
         n_blocks = int(self.prompt_tokens[i]) // block_size
         ids = self.block_ids(i)[: -(-n_blocks // ratio)].astype(np.uint64)
-        parts = (ids[:, None] * np.uint64(ratio) + np.arange(ratio, dtype=np.uint64)).ravel()[:n_blocks]
+        parts: Keys = (ids[:, None] * np.uint64(ratio) + np.arange(ratio, dtype=np.uint64)).ravel()
+        parts = parts[:n_blocks]
         if len(parts) < n_blocks:
             rest = np.arange(n_blocks - len(parts), dtype=np.uint64)
-            parts = np.concatenate([parts, _PRIVATE | (np.uint64(i) << np.uint64(24)) | rest])
+            parts = np.concatenate([parts, np.uint64(_PRIVATE | i << 24) | rest])
         return _mix(parts)
 
     def slice(self, start_s: float, end_s: float) -> "Trace":

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mulsched import policies
-from mulsched.indicators import COLUMNS
 from mulsched.errors import InvalidArgument, InvalidType
+from mulsched.indicators import COLUMNS
 from mulsched.policies._policy import select
 
 RANDOM = ("random", "power_of_two", "bailian", "dynamo")
@@ -152,7 +152,8 @@ def test_consistent_hashing_passes_over_a_full_instance():
 def test_consistent_hashing_without_a_session_follows_the_prompt():
     one, two = ([1, 2, 3], [7, 8, 9])
     a, b, c = (
-        choose("consistent_hash_bounded", make_columns(running=[0] * 16, keys=keys)) for keys in (one, one, two)
+        choose("consistent_hash_bounded", make_columns(running=[0] * 16, keys=keys))
+        for keys in (one, one, two)
     )
     assert a == b != c
 
@@ -249,7 +250,9 @@ def naive_llm_d(c):
 
 def by(*keys):
     def naive(c):
-        return min(rows(c), key=lambda x: (*(k(x, c) for k in keys), x["batch_size"], x["last_chosen"], x["i"]))["i"]
+        return min(
+            rows(c), key=lambda x: (*(k(x, c) for k in keys), x["batch_size"], x["last_chosen"], x["i"])
+        )["i"]
 
     return naive
 

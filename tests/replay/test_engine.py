@@ -149,7 +149,9 @@ class NaiveEngine:
         while True:
             while pending and pending[0][0] <= now:
                 _, name, path, prompt, output = pending.pop(0)
-                self.waiting.append({"id": name, "keys": path.tolist(), "p": prompt, "o": output, "g": 0, "c": 0})
+                self.waiting.append(
+                    {"id": name, "keys": path.tolist(), "p": prompt, "o": output, "g": 0, "c": 0}
+                )
             left, batch, work = self.budget, [r for r in self.running if r["g"]], []
             left -= len(batch)
             for r in [r for r in self.running if not r["g"]]:

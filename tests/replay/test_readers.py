@@ -10,9 +10,7 @@ from mulsched.replay import read_trace
 
 DATA = Path(__file__).parent / "data"
 MOONCAKE = '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}'
-BAILIAN = (
-    '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 5, "input_length": 20, "output_length": 5, "hash_ids": [1]}'
-)
+BAILIAN = '{"chat_id": 1, "parent_chat_id": -1, "timestamp": 5, "input_length": 20, "output_length": 5, "hash_ids": [1]}'
 AGENTIC = '{"sid": "a", "t": 5, "in": 100, "out": 10, "think_time": 0.0, "rle": [1, 1]}'
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
@@ -104,7 +102,11 @@ def test_a_bad_mooncake_line_is_named(line, message, tmp_path):
     [
         (MOONCAKE.replace('p": 0', 'p": 9'), MOONCAKE, "timestamp goes back from 9 to 0"),
         (BAILIAN, BAILIAN, "chat_id 1 occurs twice"),
-        (BAILIAN, BAILIAN.replace("-1", "1").replace('d": 1', 'd": 2', 1).replace(": 5", ": 4", 1), "before its"),
+        (
+            BAILIAN,
+            BAILIAN.replace("-1", "1").replace('d": 1', 'd": 2', 1).replace(": 5", ": 4", 1),
+            "before its",
+        ),
         (AGENTIC, AGENTIC.replace('"t": 5', '"t": 4'), "t goes back within session a"),
         (AGENTIC, AGENTIC.replace('"a"', "7"), "sid must be a string, got 7"),
         (AGENTIC, AGENTIC.replace("[1, 1]", "[1]"), "rle must be a list of start, length pairs"),

@@ -30,7 +30,7 @@ def test_every_request_has_one_first_token_and_one_end_in_order(chat):
     result = run(chat)
     assert (result.first_token_s > result.arrival_s).all()
     assert (result.finish_s >= result.first_token_s).all()
-    assert ((0 <= result.instance) & (result.instance < 3)).all()
+    assert ((result.instance >= 0) & (result.instance < 3)).all()
     assert result.arrival_s.tolist() == chat.arrival_s.tolist()
 
 
@@ -47,9 +47,10 @@ def test_no_hit_is_more_than_the_ideal(chat):
     assert (result.cached_tokens < chat.prompt_tokens).all()
 
 
-def test_one_instance_with_room_reaches_the_ideal_but_for_requests_that_overlap(chat):
+def test_one_instance_with_room_for_all_reaches_the_ideal_but_for_requests_that_overlap(chat):
     slow = chat.scale_rate(0.05)
-    assert run(slow, instances=1).summary()["hit_ratio"] > 0.95 * slow.stats().hit_ratio
+    result = run(slow, instances=1, kv_blocks=100_000)
+    assert result.summary()["hit_ratio"] > 0.95 * slow.stats().hit_ratio
 
 
 def test_predicted_caches_come_close_to_observed_ones(chat):
@@ -94,7 +95,9 @@ def test_small_caches_evict_and_still_agree_with_the_router(chat):
 
 def test_golden_numbers(chat):
     summary = run(chat, seed=1).summary()
-    assert {k: float(f"{v:.5g}") for k, v in summary.items() if k.startswith("t") or k == "hit_ratio"} == GOLDEN
+    assert {
+        k: float(f"{v:.5g}") for k, v in summary.items() if k.startswith("t") or k == "hit_ratio"
+    } == GOLDEN
 
 
 def test_processes_do_not_change_results(chat):

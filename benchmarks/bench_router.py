@@ -1,0 +1,96 @@
+"""Whole decisions: 8,192 tokens, 64 instances, a warm prefix on some."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from inputs import INSTANCES, PROMPT_TOKENS
+
+from mulsched import Router
+
+RNG = np.random.default_rng(2)
+SYSTEM = RNG.integers(0, 100_000, 2048, dtype=np.uint32)
+PROMPTS = [
+    np.concatenate([SYSTEM, RNG.integers(0, 100_000, PROMPT_TOKENS - 2048, dtype=np.uint32)])
+    for _ in range(64)
+]
+
+
+def composed(columns):
+    """LMetric as a user would write it in numpy."""
+    return columns.p_tokens * columns.batch_size
+
+
+def warm_router(policy="lmetric"):
+    router = Router(policy=policy)
+    for i in range(INSTANCES):
+        router.add_instance(f"i{i}", cache_blocks=60_000)
+    for i, prompt in enumerate(PROMPTS):
+        router.route(prompt, request_id=("warm", i))
+        router.finish(("warm", i))
+    return router
+
+
+@pytest.mark.benchmark(group="route, 8,192 tokens x 64 instances")
+@pytest.mark.parametrize("policy", ["lmetric", composed], ids=["fused", "numpy score"])
+def bench_route(benchmark, policy, quick):
+    router, ids, turn = warm_router(policy), itertools.count(), itertools.cycle(PROMPTS)
+
+    def fresh():
+        request_id = next(ids)
+        if request_id >= 64:  # 64 requests are booked at any time
+            router.finish(request_id - 64)
+        return (next(turn),), {"request_id": request_id}
+
+    benchmark.pedantic(router.route, setup=fresh, rounds=1 if quick else 5000)
+
+
+@pytest.mark.benchmark(group="select, 8,192 tokens x 64 instances")
+@pytest.mark.parametrize("policy", ["lmetric", composed], ids=["fused", "numpy score"])
+def bench_select(benchmark, policy):
+    router, turn = warm_router(policy), itertools.cycle(PROMPTS)
+    benchmark(lambda: router.select(next(turn)))
+
+
+@pytest.mark.benchmark(group="first token and finish")
+def bench_life(benchmark, quick):
+    router, ids = warm_router(), itertools.count()
+
+    def fresh():
+        request_id = next(ids)
+        router.route(PROMPTS[request_id % 64], request_id=request_id)
+        return (request_id,), {}
+
+    def end(request_id):
+        router.first_token(request_id)
+        router.finish(request_id)
+
+    benchmark.pedantic(end, setup=fresh, rounds=1 if quick else 3000)
+
+
+PURE = """
+import itertools, statistics, sys, time
+sys.path.insert(0, "benchmarks")
+from bench_router import PROMPTS, composed, warm_router
+router, turn, took = warm_router(), itertools.cycle(PROMPTS), []
+for _ in range(int(sys.argv[1])):
+    prompt = next(turn)
+    start = time.perf_counter()
+    router.select(prompt)
+    took.append(time.perf_counter() - start)
+print(statistics.median(took))
+"""
+
+
+@pytest.mark.benchmark(group="select, 8,192 tokens x 64 instances")
+def bench_select_in_pure_python(benchmark, quick):
+    """The twin is chosen at import, so it runs in a process of its own and reports its median."""
+    environment = os.environ | {"MULSCHED_BACKEND": "python"}
+    command = [sys.executable, "-c", PURE, "5" if quick else "200"]
+    done = benchmark.pedantic(
+        lambda: subprocess.run(command, env=environment, capture_output=True, text=True, check=True), rounds=1
+    )
+    benchmark.extra_info["median_us"] = 1e6 * float(done.stdout)
