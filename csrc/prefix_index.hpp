@@ -83,6 +83,7 @@ class PrefixIndex {
     const std::unique_lock lock(mutex_);
     std::int64_t known = 0;
     std::vector<BlockId> dropped;
+    for (std::size_t i = 0; i < n_hashes; ++i) tree_.rows()[row].names.prefetch(hashes[i]);
     for (std::size_t i = 0; i < n_hashes; ++i) {
       const BlockId block = tree_.rows()[row].names.erase(hashes[i]);
       if (block == FlatMap::kAbsent) continue;
@@ -285,10 +286,11 @@ class PrefixIndex {
   // nothing changed, if some is known or occurs twice.
   bool claim_names(Row row, const std::uint64_t* hashes, std::size_t n_hashes) {
     FlatMap& names = tree_.rows()[row].names;
-    for (std::size_t i = 0; i < n_hashes; ++i)
-      if (names.find(hashes[i]) != FlatMap::kAbsent) return false;
+    for (std::size_t i = 0; i < n_hashes; ++i) names.prefetch(hashes[i]);
     for (std::size_t i = 0; i < n_hashes; ++i) {
-      if (names.set(hashes[i], kClaimed) == FlatMap::kAbsent) continue;
+      const BlockId old = names.set(hashes[i], kClaimed);
+      if (old == FlatMap::kAbsent) continue;
+      if (old != kClaimed) names.set(hashes[i], old);
       for (std::size_t j = 0; j < i; ++j) names.erase(hashes[j]);
       return false;
     }

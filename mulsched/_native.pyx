@@ -9,9 +9,8 @@ from cpython.buffer cimport (
     PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDED_RO, PyBUF_WRITABLE,
     PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
-from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from cpython.tuple cimport PyTuple_CheckExact
+from cpython.ref cimport PyObject
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
@@ -24,6 +23,12 @@ import operator
 import numpy as np
 
 from mulsched.errors import InvalidArgument, InvalidTokens, InvalidType
+
+cdef extern from "Python.h":
+    # with borrowed references, as the loop over a prompt's tokens wants them
+    PyObject** PySequence_Fast_ITEMS(object)
+    bint PyLong_CheckExact(PyObject*)
+    long PyLong_AsLongAndOverflow(PyObject*, int*)
 
 cdef extern from *:
     """
@@ -138,25 +143,35 @@ cdef int convert_token(object token, size_t position, uint32_t* out) except -1:
     return 0
 
 
-cdef object hash_sequence(object tokens, size_t block_size, uint64_t seed):
-    # a tuple, so that nothing that __index__ does can change what is being read
-    cdef tuple items = tokens if PyTuple_CheckExact(tokens) else tuple(tokens)
-    cdef size_t n = len(items), i
-    cdef long long value
+cdef int convert_tokens(object items, size_t n, uint32_t* words) except -1:
+    """Convert a list or tuple of n tokens; reads exact ints without a reference count."""
+    cdef PyObject** tokens = PySequence_Fast_ITEMS(items)
+    cdef long value  # 64 bits wherever this builds
     cdef int overflow = 0
+    cdef size_t i
+    for i in range(n):
+        if not PyLong_CheckExact(tokens[i]):
+            break
+        value = PyLong_AsLongAndOverflow(tokens[i], &overflow)
+        if overflow != 0 or value < 0 or value > 0xFFFFFFFF:
+            raise_invalid_token(<object> tokens[i], i)
+        words[i] = <uint32_t> value
+    else:
+        return 0
+    # From here on __index__ may run and change a list under our hands: read a copy.
+    copy = [<object> tokens[i] for i in range(n)]
+    for i in range(n):
+        convert_token(copy[i], i, &words[i])
+    return 0
+
+
+cdef object hash_sequence(object items, size_t block_size, uint64_t seed):
+    cdef size_t n = len(items)
     cdef uint32_t* words = <uint32_t*> PyMem_Malloc(n * sizeof(uint32_t))
     if words == NULL:
         raise MemoryError()
     try:
-        for i in range(n):
-            token = items[i]
-            if PyLong_CheckExact(token):
-                value = PyLong_AsLongLongAndOverflow(token, &overflow)
-                if overflow != 0 or value < 0 or value > 0xFFFFFFFF:
-                    raise_invalid_token(token, i)
-                words[i] = <uint32_t> value
-            else:
-                convert_token(token, i, &words[i])
+        convert_tokens(items, n, words)
         return keys_of(words, n, block_size, seed)
     finally:
         PyMem_Free(words)

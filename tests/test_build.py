@@ -54,4 +54,3 @@ if (ROOT / "setup.py").exists():
         done = setup(tmp_path, "build_ext", "--inplace", CXX="/nowhere/c++", MULSCHED_NO_EXTENSION="1")
         assert done.returncode == 0, done.stderr
         assert not list(tmp_path.rglob("*.so"))
-

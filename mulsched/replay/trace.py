@@ -119,7 +119,7 @@ class Trace:
         ratio = self.block_size // block_size
         n_blocks = int(self.prompt_tokens[i]) // block_size
         ids = self.block_ids(i)[: -(-n_blocks // ratio)].astype(np.uint64)
-        parts: Keys = (ids[:, None] * np.uint64(ratio) + np.arange(ratio, dtype=np.uint64)).ravel()
+        parts: Keys = np.add.outer(ids * np.uint64(ratio), np.arange(ratio, dtype=np.uint64)).ravel()
         parts = parts[:n_blocks]
         if len(parts) < n_blocks:
             rest = np.arange(n_blocks - len(parts), dtype=np.uint64)
