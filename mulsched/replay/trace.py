@@ -15,7 +15,19 @@ __all__ = ["Trace", "TraceStats", "lru_hit_ratio"]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+_ID_LIMIT = 2**48  # times the parts of a block (at most 2**14) below 2**62, out of the way of private keys
 _PRIVATE = 1 << 63  # key space of blocks that the trace gives no id
+_COLUMNS = {
+    "arrival_s": np.float64,
+    "prompt_tokens": np.int64,
+    "output_tokens": np.int64,
+    "run_start": np.int64,
+    "run_length": np.int64,
+    "run_offset": np.int64,
+    "session": np.int64,
+    "previous": np.int64,
+    "think_s": np.float64,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,59 +84,93 @@ class Trace:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for column, dtype in _COLUMNS.items():
+            values = getattr(self, column)
+            if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype != dtype:
+                got = (
+                    f"{values.dtype} {values.shape}"
+                    if isinstance(values, np.ndarray)
+                    else type(values).__name__
+                )
+                raise TraceError(
+                    f"{self.name}: {column} must be {np.dtype(dtype)} in one dimension, got {got}"
+                )
+        if not 1 <= self.block_size <= 2**14:
+            raise TraceError(f"{self.name}: block_size must lie in 1..{2**14}, got {self.block_size}")
         n = len(self.arrival_s)
+        if n == 0:
+            raise TraceError(f"{self.name}: the trace has no requests")
         for column in ("prompt_tokens", "output_tokens", "session", "previous", "think_s"):
             if len(getattr(self, column)) != n:
                 raise TraceError(f"{self.name}: {column} has {len(getattr(self, column))} rows, expected {n}")
-        if n == 0:
-            raise TraceError(f"{self.name}: the trace has no requests")
-        if len(self.run_offset) != n + 1 or self.run_offset[-1] != len(self.run_start):
-            raise TraceError(
-                f"{self.name}: run_offset does not fit {n} requests and {len(self.run_start)} runs"
-            )
         if not np.isfinite(self.arrival_s).all() or (np.diff(self.arrival_s) < 0).any():
             raise TraceError(f"{self.name}: arrivals must be finite and in order")
-        for column in ("prompt_tokens", "output_tokens"):
-            if getattr(self, column).min() < 1:
+        for column, least in (("prompt_tokens", 1), ("output_tokens", 1), ("session", -1)):
+            if getattr(self, column).min() < least:
                 at = int(getattr(self, column).argmin())
-                raise TraceError(f"{self.name}: {column} of request {at} must be at least 1")
+                raise TraceError(f"{self.name}: {column} of request {at} must be at least {least}")
         if not np.isfinite(self.think_s).all() or self.think_s.min() < 0:
             raise TraceError(f"{self.name}: think_s must be finite and at least 0")
         if (self.previous >= np.arange(n)).any() or self.previous.min() < -1:
             raise TraceError(f"{self.name}: previous must be an earlier request or -1")
+        self._check_runs()
+
+    def _check_runs(self) -> None:
+        n, n_runs = len(self.arrival_s), len(self.run_start)
+        if len(self.run_length) != n_runs:
+            raise TraceError(f"{self.name}: run_length has {len(self.run_length)} rows, expected {n_runs}")
+        offset = self.run_offset
+        if len(offset) != n + 1 or offset[0] != 0 or offset[-1] != n_runs or (np.diff(offset) < 0).any():
+            raise TraceError(f"{self.name}: run_offset does not fit {n} requests and {n_runs} runs")
+        if n_runs and (self.run_length.min() < 0 or self.run_length.max() > _ID_LIMIT):
+            raise TraceError(f"{self.name}: run lengths must not be negative")
+        if n_runs and (self.run_start.min() < 0 or (self.run_start + self.run_length).max() > _ID_LIMIT):
+            raise TraceError(f"{self.name}: block ids must lie in 0..2**48-1")
 
     def __len__(self) -> int:
         """Return the number of requests."""
         return len(self.arrival_s)
 
     def block_ids(self, i: int) -> Ints:
-        """Return request i's block ids, shape ``(its blocks,)``."""
+        """Return request i's block ids, shape ``(its blocks,)``. O(blocks).
+
+        Raises InvalidArgument without a request i.
+        """
+        return self._expand(i, 1)
+
+    def _expand(self, i: int, parts: int) -> Ints:
+        """Return the ids of request i's blocks when each is cut into ``parts``, in order."""
+        if not 0 <= i < len(self.arrival_s):
+            raise InvalidArgument(f"{self.name} has requests 0..{len(self) - 1}, got {i}")
         runs = slice(self.run_offset[i], self.run_offset[i + 1])
-        lengths = self.run_length[runs]
-        before = np.cumsum(lengths) - lengths
-        ids: Ints = np.repeat(self.run_start[runs] - before, lengths) + np.arange(lengths.sum())
+        # the parts of neighbouring blocks are neighbours, so a run of blocks is a run of parts
+        starts, lengths = self.run_start[runs] * parts, self.run_length[runs] * parts
+        if len(starts) == 1:
+            return np.arange(starts[0], starts[0] + lengths[0], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        ids = np.arange(ends[-1] if len(ends) else 0, dtype=np.int64)
+        ids += np.repeat(starts - ends + lengths, lengths)
         return ids
 
     def keys(self, i: int, block_size: int = 16) -> Keys:
         """Return request i's keys for blocks of ``block_size`` tokens, ``(prompt_tokens // block_size,)``.
 
-        Each trace block is cut into equal parts with keys of their own. Blocks beyond the ids that the
-        trace gives are private to the request. Being chained, a key also serves as the engine's hash.
-        Raises InvalidArgument unless ``block_size`` divides the trace's.
+        Each block of the trace is cut into equal parts with keys of their own. Blocks beyond the ids that
+        the trace gives are private to the request. Being chained, a key also serves as the engine's hash.
+        O(blocks). Raises InvalidArgument without a request i, and unless ``block_size`` divides the trace's.
         """
         if block_size < 1 or self.block_size % block_size:
             raise InvalidArgument(
                 f"{self.name}: block_size must divide the trace's {self.block_size}, got {block_size}"
             )
-        ratio = self.block_size // block_size
+        keys: Keys = self._expand(i, self.block_size // block_size).view(np.uint64)
         n_blocks = int(self.prompt_tokens[i]) // block_size
-        ids = self.block_ids(i)[: -(-n_blocks // ratio)].astype(np.uint64)
-        parts: Keys = np.add.outer(ids * np.uint64(ratio), np.arange(ratio, dtype=np.uint64)).ravel()
-        parts = parts[:n_blocks]
-        if len(parts) < n_blocks:
-            rest = np.arange(n_blocks - len(parts), dtype=np.uint64)
-            parts = np.concatenate([parts, np.uint64(_PRIVATE | i << 24) | rest])
-        return _mix(parts)
+        keys = keys[:n_blocks]
+        if len(keys) < n_blocks:
+            private = np.arange(n_blocks - len(keys), dtype=np.uint64)
+            private |= np.uint64(_PRIVATE | i << 24)
+            keys = np.concatenate([keys, private])
+        return _mix(keys)
 
     def slice(self, start_s: float, end_s: float) -> "Trace":
         """Return the requests that arrive in ``[start_s, end_s)``, times counted from ``start_s``.
@@ -161,7 +207,11 @@ class Trace:
         )
 
     def scale_rate(self, factor: float) -> "Trace":
-        """Return the trace with arrivals ``factor`` times as dense; think times stay as they are."""
+        """Return the trace with arrivals ``factor`` times as dense; think times stay as they are.
+
+        In an open loop all requests come faster. In a closed loop sessions start faster, while people and
+        tools within one take as long as before. Raises InvalidArgument.
+        """
         if not (np.isfinite(factor) and factor > 0):
             raise InvalidArgument(f"the rate must be scaled by a finite number above 0, got {factor}")
         return dataclasses.replace(self, arrival_s=self.arrival_s / factor)
@@ -194,26 +244,35 @@ class Trace:
 
 
 def _mix(x: Keys) -> Keys:
-    """Finalizer of SplitMix64: ids are counters, keys should look like hashes."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """Finalizer of SplitMix64, in place: ids are counters, keys should look like hashes."""
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
-def _dense_ids(trace: Trace) -> tuple[list[Ints], int]:
-    """Return every request's whole blocks as ids in 0..count-1, and the count."""
+def _dense_ids(trace: Trace) -> tuple[list[Ints], int, int]:
+    """Return every request's whole blocks as ids below a bound, the bound, and how many are in use."""
     whole = (trace.prompt_tokens // trace.block_size).tolist()
     ids = [trace.block_ids(i)[: whole[i]] for i in range(len(trace))]
-    unique, dense = np.unique(np.concatenate(ids), return_inverse=True)
-    return np.split(dense, np.cumsum([len(x) for x in ids])[:-1]), len(unique)
+    flat = np.concatenate(ids)
+    bound = int(flat.max()) + 1 if len(flat) else 0
+    if bound <= 2 * len(flat):  # ids are counters in most traces; sorting them would take most of the time
+        used = np.zeros(bound, dtype=np.bool_)
+        used[flat] = True
+        return ids, bound, int(used.sum())
+    unique, dense = np.unique(flat, return_inverse=True)
+    return np.split(dense, np.cumsum([len(x) for x in ids])[:-1]), len(unique), len(unique)
 
 
 def _ideal_hits(trace: Trace) -> tuple[Ints, Ints, int]:
     """Return per request the blocks that a cache without eviction has, those from its own session, and the
     number of unique blocks.
     """
-    requests, count = _dense_ids(trace)
-    seen = np.zeros(count, dtype=np.bool_)
+    requests, bound, count = _dense_ids(trace)
+    seen = np.zeros(bound, dtype=np.bool_)
     hits = np.zeros(len(trace), dtype=np.int64)
     same = np.zeros(len(trace), dtype=np.int64)
     last: dict[int, Ints] = {}
@@ -243,7 +302,7 @@ def lru_hit_ratio(trace: Trace, fraction: float) -> float:
     """
     if not 0 < fraction <= 1:
         raise InvalidArgument(f"fraction must lie in 0..1, got {fraction}")
-    requests, count = _dense_ids(trace)
+    requests, _, count = _dense_ids(trace)
     capacity = max(1, int(fraction * count))
     cache: OrderedDict[int, None] = OrderedDict()
     hits = 0

@@ -88,8 +88,8 @@ def test_every_policy_replays_and_the_seed_decides(chat, name):
 
 
 def test_small_caches_evict_and_still_agree_with_the_router(chat):
-    result = run(chat, kv_blocks=2100)
-    assert result.kv_blocks == 2100
+    result = run(chat, kv_blocks=3100)
+    assert result.kv_blocks == 3100
     assert result.summary()["hit_ratio"] < run(chat).summary()["hit_ratio"]
 
 
@@ -165,4 +165,15 @@ def test_requests_are_conserved_on_any_seed(seed, policy, instances):
     assert np.bincount(result.instance, minlength=instances).sum() == len(trace)
 
 
-GOLDEN = {}
+# of the run in test_golden_numbers; a change must be explained in the CHANGELOG
+GOLDEN = {
+    "ttft_mean_s": 0.057275,
+    "ttft_p50_s": 0.0318,
+    "ttft_p95_s": 0.13819,
+    "ttft_p99_s": 0.37233,
+    "tpot_mean_s": 0.010092,
+    "tpot_p50_s": 0.0095994,
+    "tpot_p95_s": 0.013304,
+    "tpot_p99_s": 0.01684,
+    "hit_ratio": 0.17067,
+}

@@ -1,7 +1,5 @@
 """Synthetic workloads: seeded, chained, and close to the figures they are calibrated to."""
 
-import math
-
 import numpy as np
 import pytest
 
@@ -9,6 +7,9 @@ from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.replay import WORKLOADS, format_calibration, synthetic_trace, targets
 
 KINDS = sorted(WORKLOADS)
+
+# what the search that fitted the constants left beyond 15 %; docs/replay.md says so
+MISSES = {("chat", "input_p50"): 1.4, ("thinking", "gap_p50_s"): 1.25, ("thinking", "gap_p90_s"): 1.25}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,17 +44,11 @@ def test_a_follow_up_continues_the_prompt_before_it():
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_hours_are_close_to_their_targets(kind):
     stats = synthetic_trace(kind, seed=1).stats()
-    # what the search that fitted the constants left; see docs/replay.md
-    misses = {
-        field: getattr(stats, field) / target
-        for field, target in targets(kind).items()
-        if not math.isnan(target) and target > 0
-    }
-    loose = {"input_p50", "input_p99", "output_p99", "single_session_ratio", "gap_p50_s", "gap_p90_s"}
-    for field, ratio in misses.items():
-        assert 1 / 1.45 < ratio < 1.45, (field, ratio)
-        if field not in loose:
-            assert 1 / 1.12 < ratio < 1.12, (field, ratio)
+    for field, target in targets(kind).items():
+        if target > 0:  # neither unknown nor zero
+            ratio = getattr(stats, field) / target
+            most = MISSES.get((kind, field), 1.15)
+            assert 1 / most < ratio < most, (field, ratio)
 
 
 def test_the_calibration_is_printed_beside_the_targets():

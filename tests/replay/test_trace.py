@@ -1,6 +1,7 @@
 """The columnar trace: ids, keys, cuts and figures."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -59,6 +60,14 @@ def test_blocks_without_an_id_are_private():
     assert not set(one[2:].tolist()) & set(two.tolist())
 
 
+@pytest.mark.parametrize("i", [-1, 3])
+def test_a_request_that_is_not_there_is_refused(i):
+    with pytest.raises(InvalidArgument, match=rf"test has requests 0\.\.2, got {i}"):
+        trace().block_ids(i)
+    with pytest.raises(InvalidArgument, match=rf"test has requests 0\.\.2, got {i}"):
+        trace().keys(i)
+
+
 @pytest.mark.parametrize("block_size", [0, -1, 5, 32])
 def test_a_block_size_that_does_not_divide_is_refused(block_size):
     with pytest.raises(InvalidArgument, match=f"must divide the trace's 16, got {block_size}"):
@@ -92,6 +101,14 @@ def test_stats_count_hits_of_an_endless_cache():
     assert np.isnan(stats.gap_p50_s)
 
 
+def test_stats_do_not_depend_on_how_large_the_ids_are():
+    far = trace(run_start=trace().run_start + 2**40)
+    assert dataclasses.astuple(far.stats()) == pytest.approx(
+        dataclasses.astuple(trace().stats()), nan_ok=True
+    )
+    assert lru_hit_ratio(far, 0.5) == lru_hit_ratio(trace(), 0.5)
+
+
 def test_hits_from_the_own_session_are_told_apart():
     stats = trace(session=np.array([0, 1, 0])).stats()
     assert stats.same_session_share == pytest.approx(4 / 7)
@@ -100,7 +117,7 @@ def test_hits_from_the_own_session_are_told_apart():
 def test_an_lru_of_everything_reaches_the_ideal():
     assert lru_hit_ratio(trace(), 1.0) == pytest.approx(trace().stats().hit_ratio)
     assert lru_hit_ratio(trace(), 0.2) < trace().stats().hit_ratio
-    with pytest.raises(InvalidArgument, match="fraction must lie in 0..1, got 0"):
+    with pytest.raises(InvalidArgument, match=r"fraction must lie in 0\.\.1, got 0"):
         lru_hit_ratio(trace(), 0)
 
 
@@ -114,10 +131,19 @@ def test_an_lru_of_everything_reaches_the_ideal():
         ({"think_s": np.array([0, -1.0, 0])}, "think_s must be finite"),
         ({"previous": np.array([-1, 1, 0])}, "previous must be an earlier request"),
         ({"run_offset": np.array([0, 1])}, "run_offset does not fit"),
+        ({"run_offset": np.array([0, 3, 1, 4])}, "run_offset does not fit"),
+        ({"run_length": np.array([4, 3, 2])}, "run_length has 3 rows, expected 4"),
+        ({"run_length": np.array([4, 3, -2, 4])}, "run lengths must not be negative"),
+        ({"run_start": np.array([0, 0, -1, 0])}, "block ids must lie in 0..2"),
+        ({"run_start": np.array([0, 0, 2**48, 0])}, "block ids must lie in 0..2"),
+        ({"session": np.array([0, -2, 0])}, "session of request 1 must be at least -1"),
+        ({"session": np.array([0.0, 1.0, 0.0])}, "session must be int64 in one dimension, got float64"),
+        ({"arrival_s": [0.0, 1.0, 2.0]}, "arrival_s must be float64 in one dimension, got list"),
+        ({"block_size": 0}, "block_size must lie in 1..16384, got 0"),
     ],
 )
 def test_columns_that_do_not_fit_raise(change, message):
-    with pytest.raises(TraceError, match=message):
+    with pytest.raises(TraceError, match=re.escape(message)):
         dataclasses.replace(trace(), **change)
 
 
