@@ -14,11 +14,11 @@ Sources: mooncake FAST'25 traces (kvcache-ai/Mooncake); Bailian (alibaba-edu/qwe
 agentic coding sessions (callanjfox/kv-cache-tester); Azure LLM inference traces 2023.
 """
 
-import csv
 import gzip
 import io
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -32,11 +32,24 @@ from mulsched.replay.trace import Floats, Trace
 
 __all__ = ["FORMATS", "read_trace"]
 
+Lines = Iterator[tuple[int, str]]
+"""Numbers and texts of the lines that are not blank."""
+
 _AZURE_HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
+_LIMIT = 2**48 - 1  # of every number in a file: the largest block id; far beyond any length or time
 
 
-class _BadLine(Exception):
+class _BadLineError(Exception):
     """What is wrong with the line at hand; the file and line are added where it is caught."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What a reader has to make up, and how."""
+
+    rng: np.random.Generator
+    spread_s: float
+    spread_ticks: bool
 
 
 @dataclass(slots=True)
@@ -106,25 +119,36 @@ def read_trace(
     *,
     format: str | None = None,
     seed: int = 0,
+    spread_ticks: bool = True,
     spread_s: float = 3600.0,
     max_prompt_tokens: int | None = None,
 ) -> Trace:
     """Read a trace file, plain or gzip.
 
-    ``format``: one of :data:`FORMATS`; None tells it from the first line. ``seed``: places arrivals that the
-    file does not: within a tick (mooncake), and session starts over ``spread_s`` seconds (agentic).
-    ``max_prompt_tokens`` ends a session before its first longer request, and leaves out longer requests
-    without session; how many is in the trace's notes.
+    ``format``: one of :data:`FORMATS`; None tells it from the first line. ``seed`` places the arrivals that a
+    file does not. ``spread_ticks`` (mooncake): requests with one timestamp, a tick of about 3 s, arrive
+    uniformly between it and the next. ``spread_s`` (agentic): sessions start uniformly over so many seconds,
+    which is a Poisson process given their number; the default is arbitrary, about the length of the other
+    traces. ``max_prompt_tokens`` ends a session before its first longer request, and leaves out longer
+    requests without session; how many is in the trace's notes.
 
-    Raises TraceError (file and line), InvalidArgument (unknown format), FileNotFoundError. O(file).
+    A request recorded without output replays with one token, since an engine that ran the prompt made one;
+    how many is in the notes. In a closed loop a follow-up waits the recorded think time (agentic), or the
+    gap between the two arrivals, because ends are not recorded (bailian); requests that overlapped within an
+    agentic session come one after another.
+
+    Raises TraceError (file and line), InvalidArgument (unknown format, ``spread_s`` not finite and at least
+    0), FileNotFoundError. O(file).
     """
+    if not (math.isfinite(spread_s) and spread_s >= 0):
+        raise InvalidArgument(f"spread_s must be finite and at least 0, got {spread_s}")
     file = Path(path)
     if format is not None and format not in FORMATS:
         raise InvalidArgument(f"unknown trace format {format!r}, expected one of {', '.join(FORMATS)}")
     raw = file.read_bytes()
     try:
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TraceError(f"{file.name}: neither text nor gzip: {error}") from None
     lines = ((n, line) for n, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip())
     first = next(lines, None)
@@ -132,12 +156,12 @@ def read_trace(
         raise TraceError(f"{file.name}: the file is empty")
     kind = format or _guess(file.name, *first)
     reader = FORMATS[kind]
-    rng = np.random.default_rng(seed)
-    trace = reader(file.name, _chain(first, lines), rng, spread_s)
+    options = _Options(np.random.default_rng(seed), spread_s, spread_ticks)
+    trace = reader(file.name, _chain(first, lines), options)
     return trace if max_prompt_tokens is None else _limit(trace, max_prompt_tokens)
 
 
-def _chain(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+def _chain(first: tuple[int, str], rest: Lines) -> Lines:
     yield first
     yield from rest
 
@@ -156,44 +180,44 @@ def _guess(name: str, number: int, line: str) -> str:
     raise TraceError(f"{name}:{number}: not a line of any known format ({', '.join(FORMATS)})")
 
 
-def _objects(name: str, lines: Iterator[tuple[int, str]], add: Callable[[dict[str, Any]], None]) -> None:
+def _objects(name: str, lines: Lines, add: Callable[[dict[str, Any]], None]) -> None:
     """Give each JSON line to ``add``; what is wrong with one becomes a TraceError."""
     for number, line in lines:
         try:
             try:
                 fields = json.loads(line)
             except ValueError as error:
-                raise _BadLine(f"not JSON: {error}") from None
+                raise _BadLineError(f"not JSON: {error}") from None
             if not isinstance(fields, dict):
-                raise _BadLine(f"a JSON object expected, got {type(fields).__name__}")
+                raise _BadLineError(f"a JSON object expected, got {type(fields).__name__}")
             add(fields)
-        except _BadLine as error:
+        except _BadLineError as error:
             raise TraceError(f"{name}:{number}: {error}") from None
 
 
 def _number(fields: dict[str, Any], name: str, kind: type, least: float) -> Any:
     if name not in fields:
-        raise _BadLine(f"field {name!r} is missing")
+        raise _BadLineError(f"field {name!r} is missing")
     value = fields[name]
     wanted = int | float if kind is float else int
     if isinstance(value, bool) or not isinstance(value, wanted):
-        raise _BadLine(f"{name} must be {'a number' if kind is float else 'an integer'}, got {value!r}")
-    if not math.isfinite(value) or value < least:
-        raise _BadLine(f"{name} must be finite and at least {least:g}, got {value!r}")
+        raise _BadLineError(f"{name} must be {'a number' if kind is float else 'an integer'}, got {value!r}")
+    if not least <= value <= _LIMIT:  # NaN is not either
+        raise _BadLineError(f"{name} must lie in {least:g}..2**48-1, got {value!r}")
     return value
 
 
 def _runs_of_ids(fields: dict[str, Any], prompt: int, block_size: int) -> list[int]:
     ids = fields.get("hash_ids")
     if not isinstance(ids, list):
-        raise _BadLine(f"hash_ids must be a list, got {ids!r}")
+        raise _BadLineError(f"hash_ids must be a list, got {ids!r}")
     most = -(-prompt // block_size)
     if not prompt // block_size <= len(ids) <= most:
-        raise _BadLine(f"{prompt} tokens have {most} blocks of {block_size}, got {len(ids)} hash_ids")
+        raise _BadLineError(f"{prompt} tokens have {most} blocks of {block_size}, got {len(ids)} hash_ids")
     runs: list[int] = []
     for block in ids:
-        if type(block) is not int or not 0 <= block < 2**48:
-            raise _BadLine(f"hash_ids must be integers in 0..2**48-1, got {block!r}")
+        if type(block) is not int or not 0 <= block <= _LIMIT:
+            raise _BadLineError(f"hash_ids must be integers in 0..2**48-1, got {block!r}")
         if runs and block == runs[-2] + runs[-1]:
             runs[-1] += 1
         else:
@@ -201,30 +225,42 @@ def _runs_of_ids(fields: dict[str, Any], prompt: int, block_size: int) -> list[i
     return runs
 
 
-def _read_mooncake(
-    name: str, lines: Iterator[tuple[int, str]], rng: np.random.Generator, spread_s: float
-) -> Trace:
+def _runs_of_rle(fields: dict[str, Any], prompt: int) -> list[int]:
+    runs = fields.get("rle")
+    if not isinstance(runs, list) or len(runs) % 2:
+        raise _BadLineError(f"rle must be a list of start, length pairs, got {runs!r}")
+    if any(type(x) is not int or not 0 <= x <= _LIMIT // 2 for x in runs):
+        raise _BadLineError(f"rle must hold integers in 0..2**47-1, got {runs!r}")
+    blocks, most = sum(runs[1::2]), -(-prompt // 64)
+    if not prompt // 64 <= blocks <= most:
+        raise _BadLineError(f"{prompt} tokens have {most} blocks of 64, rle has {blocks}")
+    return runs
+
+
+def _read_mooncake(name: str, lines: Lines, options: _Options) -> Trace:
     rows = _Rows()
 
     def add(fields: dict[str, Any]) -> None:
         arrival = _number(fields, "timestamp", float, 0) / 1000
         if rows.arrival_s and arrival < rows.arrival_s[-1]:
-            raise _BadLine(f"timestamp goes back from {rows.arrival_s[-1] * 1000:g} to {arrival * 1000:g}")
+            raise _BadLineError(
+                f"timestamp goes back from {rows.arrival_s[-1] * 1000:g} to {arrival * 1000:g}"
+            )
         prompt = _number(fields, "input_length", int, 1)
         output = _number(fields, "output_length", int, 0)
         rows.add(arrival, prompt, output, _runs_of_ids(fields, prompt, 512))
 
     _objects(name, lines, add)
     ticks, tick_of = np.unique(np.array(rows.arrival_s), return_inverse=True)
+    if not options.spread_ticks:
+        return rows.trace(name, 512, notes=())
     widths = np.diff(ticks, append=ticks[-1] + (ticks[-1] - ticks[-2] if len(ticks) > 1 else 0.0))
     # sorted, so that the order of the file is kept within a tick
-    arrival = np.sort(ticks[tick_of] + rng.random(len(tick_of)) * widths[tick_of])
+    arrival = np.sort(ticks[tick_of] + options.rng.random(len(tick_of)) * widths[tick_of])
     return rows.trace(name, 512, arrival_s=arrival, notes=("arrivals spread within timestamp ticks, seeded",))
 
 
-def _read_bailian(
-    name: str, lines: Iterator[tuple[int, str]], rng: np.random.Generator, spread_s: float
-) -> Trace:
+def _read_bailian(name: str, lines: Lines, options: _Options) -> Trace:
     rows = _Rows()
     place: dict[int, int] = {}
 
@@ -235,14 +271,15 @@ def _read_bailian(
         prompt = _number(fields, "input_length", int, 1)
         output = _number(fields, "output_length", int, 0)
         if chat in place:
-            raise _BadLine(f"chat_id {chat} occurs twice")
-        # the trace is an excerpt: a parent may lie before it
+            raise _BadLineError(f"chat_id {chat} occurs twice")
+        # the trace is an excerpt: a parent may lie before it, and then stands for the session
         previous = place.get(parent, -1)
         gap = arrival - rows.arrival_s[previous] if previous >= 0 else 0.0
         if gap < 0:
-            raise _BadLine(f"chat {chat} arrives {-gap:g} s before its parent {parent}")
+            raise _BadLineError(f"chat {chat} arrives {-gap:g} s before its parent {parent}")
         place[chat] = len(rows.arrival_s)
-        session = rows.session[previous] if previous >= 0 else chat
+        root = parent if parent >= 0 else chat
+        session = rows.session[previous] if previous >= 0 else root
         runs = _runs_of_ids(fields, prompt, 16)
         rows.add(arrival, prompt, output, runs, session=session, previous=previous, think_s=gap)
 
@@ -250,9 +287,7 @@ def _read_bailian(
     return rows.trace(name, 16, notes=("think time: gap between arrivals, since ends are not recorded",))
 
 
-def _read_agentic(
-    name: str, lines: Iterator[tuple[int, str]], rng: np.random.Generator, spread_s: float
-) -> Trace:
+def _read_agentic(name: str, lines: Lines, options: _Options) -> Trace:
     rows = _Rows()
     start: dict[str, float] = {}
     last: dict[str, int] = {}
@@ -260,45 +295,39 @@ def _read_agentic(
     def add(fields: dict[str, Any]) -> None:
         sid = fields.get("sid")
         if not isinstance(sid, str):
-            raise _BadLine(f"sid must be a string, got {sid!r}")
+            raise _BadLineError(f"sid must be a string, got {sid!r}")
         since = _number(fields, "t", float, 0)
         prompt = _number(fields, "in", int, 1)
         output = _number(fields, "out", int, 0)
         think = float(_number(fields, "think_time", float, 0))
-        runs = fields.get("rle")
-        if not isinstance(runs, list) or len(runs) % 2 or any(type(x) is not int or x < 0 for x in runs):
-            raise _BadLine(f"rle must be a list of start, length pairs, got {runs!r}")
-        if sum(runs[1::2]) > -(-prompt // 64):
-            raise _BadLine(f"{prompt} tokens have {-(-prompt // 64)} blocks of 64, rle has {sum(runs[1::2])}")
+        runs = _runs_of_rle(fields, prompt)
         if sid not in start:
-            start[sid] = float(rng.uniform(0, spread_s))
+            start[sid] = float(options.rng.uniform(0, options.spread_s))
         previous = last.get(sid, -1)
         arrival = start[sid] + since
         if previous >= 0 and arrival < rows.arrival_s[previous]:
-            raise _BadLine(f"t goes back within session {sid}")
+            raise _BadLineError(f"t goes back within session {sid}")
         session = rows.session[previous] if previous >= 0 else len(start) - 1
         last[sid] = len(rows.arrival_s)
         rows.add(arrival, prompt, output, runs, session=session, previous=previous, think_s=think)
 
     _objects(name, lines, add)
-    return rows.trace(name, 64, notes=(f"session starts synthesised over {spread_s:g} s, seeded",))
+    return rows.trace(name, 64, notes=(f"session starts synthesised over {options.spread_s:g} s, seeded",))
 
 
-def _read_azure(
-    name: str, lines: Iterator[tuple[int, str]], rng: np.random.Generator, spread_s: float
-) -> Trace:
+def _read_azure(name: str, lines: Lines, options: _Options) -> Trace:
     rows = _Rows()
     for number, line in lines:
-        cells = next(csv.reader([line]))
+        cells = line.strip().split(",")
         if number == 1 and cells == _AZURE_HEADER:
             continue
         try:
             if len(cells) != 3:
-                raise _BadLine(f"3 cells expected, got {len(cells)}")
+                raise _BadLineError(f"3 cells expected, got {len(cells)}")
             arrival = _azure_time(cells[0])
             prompt = _azure_count(cells[1], "ContextTokens", 1)
             output = _azure_count(cells[2], "GeneratedTokens", 0)
-        except _BadLine as error:
+        except _BadLineError as error:
             raise TraceError(f"{name}:{number}: {error}") from None
         rows.add(arrival, prompt, output, [])
     if not rows.arrival_s:
@@ -308,21 +337,24 @@ def _read_azure(
 
 def _azure_time(cell: str) -> float:
     """Seconds; the file has seven digits after the point, one more than datetime takes."""
-    whole, _, fraction = cell.partition(".")
+    whole, point, fraction = cell.partition(".")
     try:
-        seconds = (datetime.fromisoformat(whole) - datetime(2023, 1, 1)).total_seconds()
-        return seconds + (float(f"0.{fraction}") if fraction else 0.0)
-    except (ValueError, TypeError):
-        raise _BadLine(f"TIMESTAMP must be a date and time, got {cell!r}") from None
+        since = datetime.strptime(whole, "%Y-%m-%d %H:%M:%S") - datetime(2023, 1, 1)
+    except ValueError:
+        since = None
+    if since is None or (point and not (fraction.isascii() and fraction.isdigit())):
+        raise _BadLineError(f"TIMESTAMP must be a date and time, got {cell!r}")
+    return since.total_seconds() + float(f"0.{fraction or 0}")
 
 
 def _azure_count(cell: str, name: str, least: int) -> int:
-    if not cell.isascii() or not cell.isdigit() or int(cell) < least:
-        raise _BadLine(f"{name} must be an integer of at least {least}, got {cell!r}")
+    # more than 15 digits are beyond the limit anyway, and int() takes no more than 4,300
+    if not (cell.isascii() and cell.isdigit() and len(cell) <= 15 and least <= int(cell) <= _LIMIT):
+        raise _BadLineError(f"{name} must be an integer in {least}..2**48-1, got {cell!r}")
     return int(cell)
 
 
-FORMATS: dict[str, Callable[[str, Iterator[tuple[int, str]], np.random.Generator, float], Trace]] = {
+FORMATS: dict[str, Callable[[str, Lines, _Options], Trace]] = {
     "mooncake": _read_mooncake,
     "bailian": _read_bailian,
     "agentic": _read_agentic,
