@@ -1,0 +1,26 @@
+"""The README's code runs as it stands, where the README is."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+if README.exists():
+
+    def test_the_ten_lines_of_use_run(capsys):
+        (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+        exec(compile(code, "README.md", "exec"), {})
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "gpu-0 0 1000"
+        assert lines[1] == "lmetric: 1000 prompt tokens to gpu-0, score 8 of 2 candidates"
+
+    def test_its_policies_are_those_there_are():
+        from mulsched import policies
+
+        section = README.read_text().partition("## Policies")[2].partition("\n## ")[0]
+        named = set(re.findall(r"`([a-z0-9_]+)`", section))
+        assert named == set(policies.names())
+
+    def test_ci_runs_its_test_command():
+        command = next(line for line in README.read_text().splitlines() if "'.[test]'" in line)
+        assert command in (README.parent / ".ci" / "run").read_text()
