@@ -97,9 +97,9 @@ class PrefixTree {
 
   bool holds(NodeId id, Row row) const noexcept { return find_holder(node(id), row) != nullptr; }
 
-  NodeId block_node(BlockId id) const noexcept { return block_node_[id]; }
+  NodeId block_node(BlockId id) const noexcept { return block(id).node; }
   std::uint32_t block_offset(BlockId id) const noexcept {
-    return block_depth_[id] - node(block_node_[id]).start;
+    return block(id).depth - node(block(id).node).start;
   }
 
   void give_ids(NodeId id) {
@@ -133,7 +133,7 @@ class PrefixTree {
     if (!upper.ids.empty()) {
       lower.ids.assign(upper.ids.begin() + at, upper.ids.end());
       upper.ids.resize(at);
-      for (const BlockId block : lower.ids) block_node_[block] = lower_id;
+      for (const BlockId id_below : lower.ids) block(id_below).node = lower_id;
     }
     lower.children = std::move(upper.children);
     lower.children.for_each([&](Key, NodeId grandchild) { node(grandchild).parent = lower_id; });
@@ -191,7 +191,7 @@ class PrefixTree {
       touched_.pop_back();
       settle_node(id);
     }
-    if (live_nodes_ == 1 && (chunks_.size() > 1 || !block_node_.empty())) release_all();
+    if (live_nodes_ == 1 && (chunks_.size() > 1 || !block_chunks_.empty())) release_all();
   }
 
   // True when the only child of a node can be joined to it: the same holders, and for each bounded one
@@ -217,7 +217,7 @@ class PrefixTree {
     Memory m;
     m.nodes = chunks_.size() * kChunk * sizeof(Node) + free_nodes_.capacity() * sizeof(NodeId) +
               rows_.capacity() * sizeof(RowState);
-    m.blocks = (block_node_.capacity() + block_depth_.capacity()) * sizeof(std::uint32_t);
+    m.blocks = block_chunks_.size() * kChunk * sizeof(Block);
     for_each_node([&](NodeId, const Node& n) {
       m.edges += n.keys.capacity() * sizeof(Key) + n.ids.capacity() * sizeof(BlockId) + n.children.bytes();
       m.holders += n.holders.capacity() * sizeof(Holder);
@@ -276,7 +276,7 @@ class PrefixTree {
       if (mergeable(n.parent, id)) fail(4, where);
       if (!n.ids.empty() && n.ids.size() != n.keys.size()) fail(7, where);
       for (std::size_t i = 0; i < n.ids.size(); ++i)
-        if (block_node_[n.ids[i]] != id || block_depth_[n.ids[i]] != n.start + i) fail(7, where);
+        if (block(n.ids[i]).node != id || block(n.ids[i]).depth != n.start + i) fail(7, where);
       ids += n.ids.size();
       if (!n.holders.empty()) unique += n.length();
     });
@@ -304,6 +304,15 @@ class PrefixTree {
  private:
   static constexpr std::size_t kChunk = 256;  // nodes must not move while they are being changed
 
+  // Where a block with an engine hash is. Of a free id, `node` is the next free id.
+  struct Block {
+    NodeId node = kNone;
+    std::uint32_t depth = 0;
+  };
+
+  Block& block(BlockId id) noexcept { return block_chunks_[id / kChunk][id % kChunk]; }
+  const Block& block(BlockId id) const noexcept { return block_chunks_[id / kChunk][id % kChunk]; }
+
   static const Holder* find_holder(const Node& n, Row row) noexcept {
     const auto place = std::lower_bound(n.holders.begin(), n.holders.end(), row,
                                         [](const Holder& h, Row r) { return h.row < r; });
@@ -327,9 +336,9 @@ class PrefixTree {
 
   void free_node(NodeId id) {
     Node& n = node(id);
-    for (const BlockId block : n.ids) {
-      block_node_[block] = free_block_;
-      free_block_ = block;
+    for (const BlockId freed : n.ids) {
+      block(freed).node = free_block_;
+      free_block_ = freed;
       --live_blocks_;
     }
     n = Node();
@@ -340,15 +349,15 @@ class PrefixTree {
   BlockId new_block(NodeId id, std::uint32_t depth) {
     ++live_blocks_;
     if (free_block_ == kNone) {
-      append(block_node_, &id, 1);
-      append(block_depth_, &depth, 1);
-      return static_cast<BlockId>(block_node_.size() - 1);
+      const auto first = static_cast<BlockId>(block_chunks_.size() * kChunk);
+      block_chunks_.push_back(std::make_unique<Block[]>(kChunk));
+      for (std::size_t i = kChunk; i-- > 0; free_block_ = first + static_cast<BlockId>(i))
+        block(first + static_cast<BlockId>(i)).node = free_block_;
     }
-    const BlockId block = free_block_;
-    free_block_ = block_node_[block];
-    block_node_[block] = id;
-    block_depth_[block] = depth;
-    return block;
+    const BlockId taken = free_block_;
+    free_block_ = block(taken).node;
+    block(taken) = {id, depth};
+    return taken;
   }
 
   // Nothing is left but the root: give everything back.
@@ -356,8 +365,8 @@ class PrefixTree {
     chunks_.clear();
     std::vector<NodeId>().swap(free_nodes_);
     std::vector<NodeId>().swap(touched_);
-    std::vector<NodeId>().swap(block_node_);
-    std::vector<std::uint32_t>().swap(block_depth_);
+    block_chunks_.clear();
+    block_chunks_.shrink_to_fit();
     free_block_ = kNone;
     live_nodes_ = 0;
     new_node();
@@ -422,7 +431,7 @@ class PrefixTree {
     if (!upper.ids.empty() || !lower.ids.empty()) {
       give_ids(upper_id);
       give_ids(lower_id);
-      for (const BlockId block : lower.ids) block_node_[block] = upper_id;
+      for (const BlockId id : lower.ids) block(id).node = upper_id;
       append(upper.ids, lower.ids.data(), lower.ids.size());
       lower.ids.clear();
     }
@@ -457,9 +466,9 @@ class PrefixTree {
     if (!state.named) return;
     std::int64_t names = 0, extra = 0;
     bool held = true;
-    state.names.for_each([&](std::uint64_t, BlockId block) {
+    state.names.for_each([&](std::uint64_t, BlockId id) {
       ++names;
-      if (block >= block_node_.size() || !holds(block_node_[block], row)) held = false;
+      if (id >= block_chunks_.size() * kChunk || !holds(block(id).node, row)) held = false;
     });
     state.extra_names.for_each([&extra](std::uint64_t, std::uint32_t more) { extra += more; });
     if (!held || names - extra != state.blocks) fail(8, where);
@@ -467,8 +476,7 @@ class PrefixTree {
 
   std::vector<std::unique_ptr<Node[]>> chunks_;
   std::vector<NodeId> free_nodes_, touched_;
-  std::vector<NodeId> block_node_;            // of a free id: the next free id
-  std::vector<std::uint32_t> block_depth_;
+  std::vector<std::unique_ptr<Block[]>> block_chunks_;
   BlockId free_block_ = kNone;
   std::size_t live_nodes_ = 0, live_blocks_ = 0;
   std::int64_t unique_blocks_ = 0;
