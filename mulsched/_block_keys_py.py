@@ -1,5 +1,6 @@
 """Block keys in Python, on the xxhash package: the twin of the native hashing."""
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,17 @@ _MAX_TOKEN = 2**32 - 1
 
 def _as_uint32(tokens: Any) -> NDArray[np.uint32]:
     if isinstance(tokens, list | tuple):
+        words = []
         for position, token in enumerate(tokens):
             if isinstance(token, bool) or not hasattr(token, "__index__"):
                 raise InvalidType(
                     f"tokens must be integers, got {type(token).__name__} at position {position}"
                 )
-            if not 0 <= token <= _MAX_TOKEN:
-                raise InvalidTokens(f"tokens must lie in 0..2**32-1, got {token} at position {position}")
-        return np.array(tokens, dtype=np.uint32)
+            word = operator.index(token)
+            if not 0 <= word <= _MAX_TOKEN:
+                raise InvalidTokens(f"tokens must lie in 0..2**32-1, got {word} at position {position}")
+            words.append(word)
+        return np.array(words, dtype=np.uint32)
     try:
         view = memoryview(tokens)
     except TypeError:
