@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from backends import BACKENDS
 
 import mulsched
 
@@ -47,6 +48,13 @@ def test_the_suite_runs_on_the_backend_that_was_asked_for():
 
 def test_python_is_used_when_asked_for():
     assert python(PRINT, MULSCHED_BACKEND="python").stdout == "python\n"
+
+
+if "native" in BACKENDS:
+
+    @pytest.mark.parametrize("backend", ["auto", "native"])
+    def test_the_native_core_is_used_when_asked_for_and_by_default(backend):
+        assert python(PRINT, MULSCHED_BACKEND=backend).stdout == "native\n"
 
 
 def test_an_unknown_backend_is_an_error():

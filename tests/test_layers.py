@@ -27,22 +27,39 @@ LAYERS = [
     ["decision"],
     ["router"],
     ["replay"],
+    ["__init__"],
     ["cli"],
-    ["__main__", "__init__"],
+    ["__main__"],
 ]
 HEIGHT = {module: height for height, layer in enumerate(LAYERS) for module in layer}
-# the twins' interface is typed with what stands above them
-TYPES_ONLY = {("_columns_py", "prefix_index"), ("indicators", "prefix_index")}
-MODULES = sorted(PACKAGE.rglob("*.py"))
+# the stub says which interface the native index has
+TYPES_ONLY = {("_native", "prefix_index")}
+MODULES = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".pyi", ".pyx"))
+PURE = [path for path in MODULES if path.suffix == ".py"]
+
+# what numpy.random offers besides its global generator
+SEEDED = {"BitGenerator", "Generator", "PCG64", "Philox", "SeedSequence", "default_rng"}
+IMPURE = {"time", "random", "os", "secrets", "uuid"}
+CLOCKS = {"now", "today", "utcnow"}
 
 
 def unit(path):
     """The layer's name for a file: the module, or the package that it lies in."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return path.relative_to(PACKAGE).parts[0].partition(".")[0]
+
+
+def source_of(path):
+    """What ast can read of a file: all of it, or the imports of a Cython module."""
+    lines = path.read_text().splitlines()
+    if path.suffix == ".pyx":
+        lines = [
+            line.strip() for line in lines if line.strip().startswith(("from mulsched", "import mulsched"))
+        ]
+    return "\n".join(lines)
 
 
 def imports(source):
-    """Names of mulsched's modules that a source imports, anywhere in it."""
+    """Names of mulsched's modules that a source imports, anywhere in it; ``__init__`` for the whole."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -52,8 +69,10 @@ def imports(source):
         else:
             continue
         for name in names:
-            if name.split(".")[0] == "mulsched" and "." in name:
-                yield name.split(".")[1]
+            package, _, rest = name.partition(".")
+            if package == "mulsched":
+                module = rest.partition(".")[0]
+                yield module if module in HEIGHT else "__init__"
 
 
 def climbs(own, source):
@@ -65,50 +84,80 @@ def climbs(own, source):
 
 
 def impurities(source):
-    """Uses of clocks, the environment and global random state."""
+    """Uses of clocks, the environment and random state that no argument seeds."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name.split(".")[0] for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module.split(".")[0]]
-        found += {"time", "random", "os", "secrets", "uuid"} & set(names)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
-            found += ["np.random"] if (node.value.attr, node.attr) == ("random", "seed") else []
-        if isinstance(node, ast.Attribute) and node.attr in ("now", "utcnow", "today"):
-            found += ["clock"] if isinstance(node.value, ast.Name) and node.value.id == "datetime" else []
+            found += {alias.name.partition(".")[0] for alias in node.names} & IMPURE
+        elif isinstance(node, ast.ImportFrom):
+            found += {node.module.partition(".")[0]} & IMPURE
+            if node.module == "numpy.random":
+                found += [f"np.random.{alias.name}" for alias in node.names if alias.name not in SEEDED]
+        elif isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value)
+            if owner in ("np.random", "numpy.random") and node.attr not in SEEDED:
+                found.append(f"np.random.{node.attr}")
+            if owner.split(".")[-1] in ("datetime", "date") and node.attr in CLOCKS:
+                found.append(f"{owner}.{node.attr}")
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node)
+            if called.endswith(("default_rng()", "SeedSequence()")):
+                found.append(called)
     return found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_only_from_below(path):
-    assert climbs(unit(path), path.read_text()) == []
+    assert climbs(unit(path), source_of(path)) == []
 
 
 @pytest.mark.parametrize(
     "path",
     # the backend is chosen by the environment, the number of processes by the machine
-    [path for path in MODULES if unit(path) not in ("_backend", "cli")],
+    [path for path in PURE if unit(path) not in ("_backend", "cli")],
     ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_nothing_but_its_arguments_decides(path):
-    assert impurities(path.read_text()) == []
+    assert impurities(source_of(path)) == []
 
 
 def test_every_module_has_its_layer():
     assert {unit(path) for path in MODULES} <= HEIGHT.keys()
 
 
-def test_a_climbing_import_would_be_seen():
-    assert climbs("load", "from mulsched.router import Router") == ["router"]
-    assert climbs("load", "def f():\n    import mulsched.policies.linear") == ["policies"]
-    assert climbs("load", "from mulsched import router") == ["router"]
-    assert climbs("router", "from mulsched.load import LoadTable") == []
+@pytest.mark.parametrize(
+    ("own", "source", "expected"),
+    [
+        ("load", "from mulsched.router import Router", ["router"]),
+        ("load", "def f():\n    import mulsched.policies.linear", ["policies"]),
+        ("load", "from mulsched import router", ["router"]),
+        ("load", "if TYPE_CHECKING:\n    from mulsched.router import Router", ["router"]),
+        ("load", "import mulsched", ["__init__"]),
+        ("load", "from mulsched import Router", ["__init__"]),
+        ("router", "from mulsched.load import LoadTable", []),
+        ("router", "import numpy", []),
+    ],
+)
+def test_a_climbing_import_is_seen(own, source, expected):
+    assert climbs(own, source) == expected
 
 
-def test_an_impurity_would_be_seen():
-    assert impurities("import time") == ["time"]
-    assert impurities("from random import choice") == ["random"]
-    assert impurities("np.random.seed(1)") == ["np.random"]
-    assert impurities("datetime.now()") == ["clock"]
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import time", ["time"]),
+        ("import os.path", ["os"]),
+        ("from random import choice", ["random"]),
+        ("np.random.seed(1)", ["np.random.seed"]),
+        ("np.random.choice(3)", ["np.random.choice"]),
+        ("from numpy.random import rand", ["np.random.rand"]),
+        ("np.random.default_rng()", ["np.random.default_rng()"]),
+        ("np.random.default_rng(seed)", []),
+        ("rng.choice(3)", []),
+        ("datetime.now()", ["datetime.now"]),
+        ("datetime.datetime.utcnow()", ["datetime.datetime.utcnow"]),
+        ("now", []),
+    ],
+)
+def test_an_impurity_is_seen(source, expected):
+    assert impurities(source) == expected
