@@ -186,11 +186,11 @@ class PrefixTree {
 
   // Brings the touched part of the tree back into canonical form (invariants 3 and 4).
   void settle() {
-    while (!touched_.empty()) {
-      const NodeId id = touched_.back();
-      touched_.pop_back();
-      settle_node(id);
-    }
+    // from the root down: a long chain of single blocks then grows at its end, in linear time
+    std::sort(touched_.begin(), touched_.end(),
+              [this](NodeId a, NodeId b) { return node(a).start < node(b).start; });
+    for (std::size_t i = 0; i < touched_.size(); ++i) settle_node(touched_[i]);  // grows meanwhile
+    touched_.clear();
     if (live_nodes_ == 1 && (chunks_.size() > 1 || !block_chunks_.empty())) release_all();
   }
 

@@ -5,6 +5,7 @@ _columns_py.py. The GIL is released for work beyond about 10 microseconds. A thr
 while it holds the GIL: the thread that has the index never asks for the GIL before it gives it back.
 """
 
+cimport cython
 from cpython.buffer cimport (
     PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDED_RO, PyBUF_WRITABLE,
     PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
@@ -275,13 +276,27 @@ def hash_text_blocks(str text, Py_ssize_t block_chars, uint64_t seed):
 
 # -- prefix index ---------------------------------------------------------------------------------------
 
-cdef int get_words(object array, Py_buffer* view, int flags) except -1:
-    """Acquire a one-dimensional contiguous buffer of 8-byte items."""
-    PyObject_GetBuffer(array, view, flags | PyBUF_ND)
-    if view.itemsize != 8:
-        PyBuffer_Release(view)
-        raise ValueError(f"expected 8-byte items, got {view.itemsize}")
-    return 0
+@cython.final
+@cython.freelist(8)
+cdef class Words:
+    """A contiguous buffer of 8-byte items, held as long as this object lives."""
+
+    cdef Py_buffer view
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.view)  # nothing, if there never was a buffer
+
+    cdef size_t length(self) noexcept:
+        return <size_t> self.view.shape[0]
+
+
+cdef Words words_of(object array, int flags=PyBUF_SIMPLE, int ndim=1):
+    cdef Words words = Words.__new__(Words)
+    PyObject_GetBuffer(array, &words.view, flags | PyBUF_ND)
+    if words.view.itemsize != 8 or words.view.ndim != ndim:
+        raise ValueError(f"expected {ndim} dimensions of 8-byte items, "
+                         f"got {words.view.ndim} of {words.view.itemsize} bytes")
+    return words
 
 
 cdef class PrefixIndex:
@@ -308,78 +323,49 @@ cdef class PrefixIndex:
 
     def store(self, uint32_t row, keys):
         """Hold the whole path on an unnamed row; return the blocks not held before."""
-        cdef Py_buffer path
-        cdef size_t n
+        cdef Words path = words_of(keys)
+        cdef const uint64_t* blocks = <const uint64_t*> path.view.buf
+        cdef size_t n = path.length()
         cdef int64_t newly
-        get_words(keys, &path, PyBUF_SIMPLE)
-        try:
-            n = <size_t> path.shape[0]
-            if n > STORE_BLOCKS_WITH_GIL:
-                with nogil:
-                    newly = self.index.get().store(row, <const uint64_t*> path.buf, n)
-            else:
-                newly = self.index.get().store(row, <const uint64_t*> path.buf, n)
-        finally:
-            PyBuffer_Release(&path)
+        if n <= STORE_BLOCKS_WITH_GIL:
+            return self.index.get().store(row, blocks, n)
+        with nogil:
+            newly = self.index.get().store(row, blocks, n)
         return newly
 
     def store_named(self, uint32_t row, parent, hashes, keys):
         """Append blocks after the one that parent names; return blocks newly held, -1: unknown parent."""
-        cdef Py_buffer path, names
-        cdef size_t n
+        cdef Words path = words_of(keys), named = words_of(hashes)
+        cdef const uint64_t* blocks = <const uint64_t*> path.view.buf
+        cdef const uint64_t* names = <const uint64_t*> named.view.buf
+        cdef size_t n = path.length()
         cdef int64_t newly
         cdef cbool has_parent = parent is not None
         cdef uint64_t parent_hash = parent if has_parent else 0
-        get_words(keys, &path, PyBUF_SIMPLE)
-        try:
-            get_words(hashes, &names, PyBUF_SIMPLE)
-            try:
-                n = <size_t> path.shape[0]
-                if names.shape[0] != path.shape[0]:
-                    raise ValueError("as many hashes as keys expected")
-                if n > STORE_BLOCKS_WITH_GIL:
-                    with nogil:
-                        newly = self.index.get().store_named(
-                            row, has_parent, parent_hash, <const uint64_t*> names.buf,
-                            <const uint64_t*> path.buf, n)
-                else:
-                    newly = self.index.get().store_named(
-                        row, has_parent, parent_hash, <const uint64_t*> names.buf,
-                        <const uint64_t*> path.buf, n)
-            finally:
-                PyBuffer_Release(&names)
-        finally:
-            PyBuffer_Release(&path)
+        if named.length() != n:
+            raise ValueError(f"{n} keys need as many hashes, got {named.length()}")
+        if n <= STORE_BLOCKS_WITH_GIL:
+            return self.index.get().store_named(row, has_parent, parent_hash, names, blocks, n)
+        with nogil:
+            newly = self.index.get().store_named(row, has_parent, parent_hash, names, blocks, n)
         return newly
 
     def remove_named(self, uint32_t row, hashes):
         """Forget names; return how many were known."""
-        cdef Py_buffer names
-        cdef size_t n
+        cdef Words named = words_of(hashes)
+        cdef const uint64_t* names = <const uint64_t*> named.view.buf
+        cdef size_t n = named.length()
         cdef int64_t known
-        get_words(hashes, &names, PyBUF_SIMPLE)
-        try:
-            n = <size_t> names.shape[0]
-            if n > STORE_BLOCKS_WITH_GIL:
-                with nogil:
-                    known = self.index.get().remove_named(row, <const uint64_t*> names.buf, n)
-            else:
-                known = self.index.get().remove_named(row, <const uint64_t*> names.buf, n)
-        finally:
-            PyBuffer_Release(&names)
+        if n <= STORE_BLOCKS_WITH_GIL:
+            return self.index.get().remove_named(row, names, n)
+        with nogil:
+            known = self.index.get().remove_named(row, names, n)
         return known
 
     def discard(self, uint32_t row, keys, size_t start):
         """Stop holding blocks start and later of the path on an unnamed row; return how many were held."""
-        cdef Py_buffer path
-        cdef int64_t dropped
-        get_words(keys, &path, PyBUF_SIMPLE)
-        try:
-            dropped = self.index.get().discard(
-                row, <const uint64_t*> path.buf, <size_t> path.shape[0], start)
-        finally:
-            PyBuffer_Release(&path)
-        return dropped
+        cdef Words path = words_of(keys)
+        return self.index.get().discard(row, <const uint64_t*> path.view.buf, path.length(), start)
 
     def clear(self, uint32_t row):
         """Hold nothing on this row."""
@@ -388,15 +374,9 @@ cdef class PrefixIndex:
 
     def match(self, keys, out):
         """Write per row how many leading blocks of keys it holds."""
-        cdef Py_buffer path, matched
-        get_words(keys, &path, PyBUF_SIMPLE)
-        try:
-            get_words(out, &matched, PyBUF_WRITABLE)
-            self.index.get().match(<const uint64_t*> path.buf, <size_t> path.shape[0],
-                                   <int64_t*> matched.buf, <size_t> matched.shape[0])
-            PyBuffer_Release(&matched)
-        finally:
-            PyBuffer_Release(&path)
+        cdef Words path = words_of(keys), matched = words_of(out, PyBUF_WRITABLE)
+        self.index.get().match(<const uint64_t*> path.view.buf, path.length(),
+                               <int64_t*> matched.view.buf, matched.length())
 
     def blocks(self, uint32_t row):
         """Return how many blocks the row holds."""
@@ -454,79 +434,47 @@ cdef class FusedScore:
             self.score.weights.push_back(weight)
 
 
-cdef int fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_t prompt_tokens,
-              int64_t block_size, Py_buffer* rows, object load, int64_t* out) except -1:
-    cdef Py_buffer path, table
-    cdef CLoadView view
-    cdef Py_ssize_t i
+cdef int64_t* fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_t prompt_tokens,
+                   int64_t block_size, Words rows, object load, Words out) except NULL:
+    """Fill the columns of the candidate rows; return where they are."""
+    cdef Words path = words_of(keys), table = words_of(load, PyBUF_SIMPLE, 2)
+    cdef const int64_t* candidates = <const int64_t*> rows.view.buf
     cdef const CPrefixIndex* coming = NULL
+    cdef CLoadView view
+    cdef size_t i
+    if table.length() != kLoadColumns:
+        raise ValueError(f"a load table of {kLoadColumns} columns expected, got {table.length()}")
+    if (out.length() != kColumns or rows.length() < 1
+            or <size_t> out.view.shape[1] != rows.length()):
+        raise ValueError("a table of shape (columns, candidates) expected")
+    for i in range(rows.length()):
+        if not 0 <= candidates[i] < table.view.shape[1]:
+            raise ValueError(f"row {candidates[i]} lies outside the load table")
+    if prompt_tokens < 1 or block_size < 1:
+        raise ValueError(f"at least one token a prompt and a block expected, got {prompt_tokens}, {block_size}")
     if in_flight is not None:
         coming = in_flight.index.get()
-    get_words(keys, &path, PyBUF_SIMPLE)
-    try:
-        get_words(load, &table, PyBUF_SIMPLE)
-        try:
-            if table.ndim != 2 or <size_t> table.shape[0] != kLoadColumns:
-                raise ValueError("a load table of shape (load columns, rows) expected")
-            view.data = <const int64_t*> table.buf
-            view.n_rows = <size_t> table.shape[1]
-            for i in range(rows.shape[0]):
-                if not 0 <= (<const int64_t*> rows.buf)[i] < table.shape[1]:
-                    raise ValueError("a row outside the load table")
-            c_fill_columns(
-                index.index.get()[0], coming, <const uint64_t*> path.buf, <size_t> path.shape[0], prompt_tokens, block_size,
-                <const int64_t*> rows.buf, <size_t> rows.shape[0], view, out)
-        finally:
-            PyBuffer_Release(&table)
-    finally:
-        PyBuffer_Release(&path)
-    return 0
+    view.data = <const int64_t*> table.view.buf
+    view.n_rows = <size_t> table.view.shape[1]
+    c_fill_columns(index.index.get()[0], coming, <const uint64_t*> path.view.buf, path.length(),
+                   prompt_tokens, block_size, candidates, rows.length(), view, <int64_t*> out.view.buf)
+    return <int64_t*> out.view.buf
 
 
 def fill_columns(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
                  int64_t block_size, rows, load, out):
     """Fill ``out``, shape (columns, candidates), for the candidate rows; see ``mulsched.indicators``."""
-    cdef Py_buffer candidates, table
-    get_words(rows, &candidates, PyBUF_SIMPLE)
-    try:
-        get_words(out, &table, PyBUF_WRITABLE)
-        try:
-            check_shape(&table, &candidates)
-            fill(index, in_flight, keys, prompt_tokens, block_size, &candidates, load,
-                 <int64_t*> table.buf)
-        finally:
-            PyBuffer_Release(&table)
-    finally:
-        PyBuffer_Release(&candidates)
+    fill(index, in_flight, keys, prompt_tokens, block_size, words_of(rows), load,
+         words_of(out, PyBUF_WRITABLE, 2))
 
 
 def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
            int64_t block_size, rows, load, out, scores, FusedScore score not None):
     """Fill ``out`` and ``scores``; return the position of the pick, or -1 if a score is not finite."""
-    cdef Py_buffer candidates, table, values
-    get_words(rows, &candidates, PyBUF_SIMPLE)
-    try:
-        get_words(out, &table, PyBUF_WRITABLE)
-        try:
-            check_shape(&table, &candidates)
-            get_words(scores, &values, PyBUF_WRITABLE)
-            try:
-                if values.shape[0] != candidates.shape[0]:
-                    raise ValueError("one score per candidate expected")
-                fill(index, in_flight, keys, prompt_tokens, block_size, &candidates, load,
-                     <int64_t*> table.buf)
-                return c_score_and_pick(score.score, <const int64_t*> table.buf,
-                                        <size_t> candidates.shape[0], <double*> values.buf)
-            finally:
-                PyBuffer_Release(&values)
-        finally:
-            PyBuffer_Release(&table)
-    finally:
-        PyBuffer_Release(&candidates)
-
-
-cdef int check_shape(const Py_buffer* table, const Py_buffer* candidates) except -1:
-    if (table.ndim != 2 or <size_t> table.shape[0] != kColumns or candidates.shape[0] < 1
-            or table.shape[1] != candidates.shape[0]):
-        raise ValueError("a table of shape (columns, candidates) expected")
-    return 0
+    cdef Words candidates = words_of(rows), values = words_of(scores, PyBUF_WRITABLE)
+    cdef Words columns = words_of(out, PyBUF_WRITABLE, 2)
+    cdef const int64_t* table = fill(
+        index, in_flight, keys, prompt_tokens, block_size, candidates, load, columns)
+    if values.length() != candidates.length():
+        raise ValueError(f"{candidates.length()} candidates need as many scores, got {values.length()}")
+    return c_score_and_pick(score.score, table, candidates.length(), <double*> values.view.buf)
