@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ SOURCE_DIGEST: str
 def xxh3_64(data: bytes | bytearray | memoryview, seed: int) -> int: ...
 def hash_blocks(tokens: Any, block_size: int, seed: int) -> Keys: ...
 def hash_text_blocks(text: str, block_chars: int, seed: int) -> Keys: ...
+
+@final
+class Words: ...
 
 @disjoint_base
 class PrefixIndex:
