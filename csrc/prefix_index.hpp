@@ -5,6 +5,7 @@
 
 #include <mutex>
 #include <shared_mutex>
+#include <stdexcept>
 
 #include "prefix_tree.hpp"
 
@@ -17,16 +18,16 @@ class PrefixIndex {
   void add_row(Row row, std::int64_t capacity, bool named) {
     const std::unique_lock lock(mutex_);
     if (row >= tree_.rows().size()) tree_.rows().resize(row + 1);
-    RowState& state = tree_.rows()[row];
-    state.used = true;
-    state.named = named;
-    state.capacity = capacity;
+    RowState& added = tree_.rows()[row];
+    added.used = true;
+    added.named = named;
+    added.capacity = capacity;
   }
 
   void remove_row(Row row) {
     const std::unique_lock lock(mutex_);
     drop_everything(row);
-    tree_.rows()[row] = RowState();
+    state(row) = RowState();
     std::vector<RowState>& rows = tree_.rows();
     while (!rows.empty() && !rows.back().used) rows.pop_back();
     if (rows.size() * 4 < rows.capacity()) rows.shrink_to_fit();
@@ -39,7 +40,7 @@ class PrefixIndex {
 
   void resize(Row row, std::int64_t capacity) {
     const std::unique_lock lock(mutex_);
-    tree_.rows()[row].capacity = capacity;
+    state(row).capacity = capacity;
     evict(row);
     tree_.settle();
   }
@@ -47,9 +48,10 @@ class PrefixIndex {
   // O(D + W) amortised.
   std::int64_t store(Row row, const Key* keys, std::size_t n_keys) {
     const std::unique_lock lock(mutex_);
+    const bool bounded = state(row).bounded();
     segments_.clear();
     const std::int64_t newly = hold(row, kRoot, 0, keys, n_keys);
-    if (tree_.rows()[row].bounded()) {
+    if (bounded) {
       // deepest first, so that the tail of the path leaves before its head
       for (auto segment = segments_.rbegin(); segment != segments_.rend(); ++segment)
         tree_.move_to_newest(segment->node, row);
@@ -66,7 +68,7 @@ class PrefixIndex {
     NodeId node = kRoot;
     std::uint32_t offset = 0;
     if (has_parent) {
-      const BlockId block = tree_.rows()[row].names.find(parent);
+      const BlockId block = state(row).names.find(parent);
       if (block == FlatMap::kAbsent) return kUnknownParent;
       node = tree_.block_node(block);
       offset = tree_.block_offset(block) + 1;
@@ -83,9 +85,9 @@ class PrefixIndex {
     const std::unique_lock lock(mutex_);
     std::int64_t known = 0;
     std::vector<BlockId> dropped;
-    for (std::size_t i = 0; i < n_hashes; ++i) tree_.rows()[row].names.prefetch(hashes[i]);
+    for (std::size_t i = 0; i < n_hashes; ++i) state(row).names.prefetch(hashes[i]);
     for (std::size_t i = 0; i < n_hashes; ++i) {
-      const BlockId block = tree_.rows()[row].names.erase(hashes[i]);
+      const BlockId block = state(row).names.erase(hashes[i]);
       if (block == FlatMap::kAbsent) continue;
       ++known;
       if (tree_.drop_name(row, block)) dropped.push_back(block);
@@ -97,7 +99,7 @@ class PrefixIndex {
 
   std::int64_t discard(Row row, const Key* keys, std::size_t n_keys, std::size_t start) {
     const std::unique_lock lock(mutex_);
-    const std::int64_t before = tree_.rows()[row].blocks;
+    const std::int64_t before = state(row).blocks;
     NodeId node = kRoot;
     for (std::size_t at = 0; at < n_keys;) {
       node = tree_.child(node, keys[at]);
@@ -115,7 +117,7 @@ class PrefixIndex {
       at = next;
     }
     tree_.settle();
-    return before - tree_.rows()[row].blocks;
+    return before - state(row).blocks;
   }
 
   // out[row] = leading blocks of keys that the row holds, for n_out rows. O(D + W * nodes on the path).
@@ -135,7 +137,7 @@ class PrefixIndex {
 
   std::int64_t blocks(Row row) const {
     const std::shared_lock lock(mutex_);
-    return tree_.rows()[row].blocks;
+    return state(row).blocks;
   }
 
   std::int64_t unique_blocks() const {
@@ -180,17 +182,26 @@ class PrefixIndex {
   std::vector<std::vector<Key>> lru(Row row) const {
     const std::shared_lock lock(mutex_);
     std::vector<std::vector<Key>> paths;
+    const bool bounded = state(row).bounded();
     tree_.for_each_held(row, [&](NodeId id) {
       std::vector<Key> path;
       for (NodeId up = id; up != kRoot; up = tree_.node(up).parent)
         path.insert(path.begin(), tree_.node(up).keys.begin(), tree_.node(up).keys.end());
       paths.push_back(std::move(path));
     });
-    if (!tree_.rows()[row].bounded()) std::sort(paths.begin(), paths.end());
+    if (!bounded) std::sort(paths.begin(), paths.end());
     return paths;
   }
 
  private:
+  // Rows are checked here, before anything changes: a row that has just been removed by another thread must
+  // not be touched.
+  RowState& state(Row row) {
+    if (row >= tree_.rows().size() || !tree_.rows()[row].used) throw std::out_of_range("no such row");
+    return tree_.rows()[row];
+  }
+  const RowState& state(Row row) const { return const_cast<PrefixIndex*>(this)->state(row); }
+
   // A stretch of a stored path: `count` blocks of `node` from `from` on.
   struct Segment {
     NodeId node;
@@ -224,7 +235,7 @@ class PrefixIndex {
   // segments_ and returns how many blocks are new to the row. Splits where holdings, or for a bounded row
   // recency, come to differ.
   std::int64_t hold(Row row, NodeId id, std::uint32_t offset, const Key* keys, std::size_t n_keys) {
-    const bool bounded = tree_.rows()[row].bounded();
+    const bool bounded = state(row).bounded();
     std::int64_t newly = 0;
     for (std::size_t at = 0; at < n_keys;) {
       if (offset == tree_.node(id).length()) {
@@ -264,10 +275,10 @@ class PrefixIndex {
   }
 
   void evict(Row row) {
-    const RowState& state = tree_.rows()[row];
-    while (state.blocks > state.capacity) {
-      const std::int64_t excess = state.blocks - state.capacity;
-      NodeId oldest = state.head;
+    const RowState& full = state(row);
+    while (full.blocks > full.capacity) {
+      const std::int64_t excess = full.blocks - full.capacity;
+      NodeId oldest = full.head;
       const std::uint32_t length = tree_.node(oldest).length();
       if (excess < length) oldest = tree_.split(oldest, length - static_cast<std::uint32_t>(excess));
       tree_.drop_holder(oldest, row);
@@ -275,17 +286,17 @@ class PrefixIndex {
   }
 
   void drop_everything(Row row) {
-    RowState& state = tree_.rows()[row];
-    while (state.head != kNone) tree_.drop_holder(state.head, row);
-    state.names.clear();
-    state.extra_names.clear();
+    RowState& emptied = state(row);
+    while (emptied.head != kNone) tree_.drop_holder(emptied.head, row);
+    emptied.names.clear();
+    emptied.extra_names.clear();
     tree_.settle();
   }
 
   // Enters hashes that are all unknown to the row and all different, without a block yet. False, and
   // nothing changed, if some is known or occurs twice.
   bool claim_names(Row row, const std::uint64_t* hashes, std::size_t n_hashes) {
-    FlatMap& names = tree_.rows()[row].names;
+    FlatMap& names = state(row).names;
     for (std::size_t i = 0; i < n_hashes; ++i) names.prefetch(hashes[i]);
     for (std::size_t i = 0; i < n_hashes; ++i) {
       const BlockId old = names.set(hashes[i], kClaimed);
@@ -319,7 +330,7 @@ class PrefixIndex {
       const Segment segment = segments_.front();
       tree_.give_ids(segment.node);
       const BlockId block = tree_.node(segment.node).ids[segment.from];
-      const BlockId old = tree_.rows()[row].names.find(hashes[i]);
+      const BlockId old = state(row).names.find(hashes[i]);
       if (old != block) {
         name(row, hashes[i], block, segment.held_before);
         if (old != FlatMap::kAbsent && tree_.drop_name(row, old)) drop_blocks(row, {old});
@@ -331,11 +342,11 @@ class PrefixIndex {
   }
 
   void name(Row row, std::uint64_t hash, BlockId block, bool has_names) {
-    RowState& state = tree_.rows()[row];
-    state.names.set(hash, block);
+    RowState& named = state(row);
+    named.names.set(hash, block);
     if (!has_names) return;
-    const std::uint32_t more = state.extra_names.find(block);
-    state.extra_names.set(block, more == FlatMap::kAbsent ? 1 : more + 1);
+    const std::uint32_t more = named.extra_names.find(block);
+    named.extra_names.set(block, more == FlatMap::kAbsent ? 1 : more + 1);
   }
 
   // The row stops holding these blocks. Runs of neighbours go together, the deepest first, so that

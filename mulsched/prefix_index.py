@@ -9,6 +9,7 @@ Complexity: D is the number of blocks in the argument, W the number of instances
 path, N the number of tree nodes.
 """
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -171,13 +172,15 @@ class PrefixIndex:
       first C blocks.
     - *unbounded* (neither): content is what was stored and not discarded.
 
-    Thread-safe: readers run together, a writer excludes them (native); the Python twin holds the GIL.
+    Thread-safe: readers run together, a writer excludes them.
     """
 
-    __slots__ = ("_free", "_kind", "_names", "_rows", "_tree", "removed_unknown")
+    __slots__ = ("_free", "_kind", "_lock", "_names", "_rows", "_tree", "removed_unknown")
 
     def __init__(self) -> None:
         self._tree = _new_backend()
+        # Names and tree change together: one writer at a time. Readers need only the tree's own lock.
+        self._lock = threading.Lock()
         self._rows: dict[str, int] = {}
         self._names: list[str | None] = []
         self._kind: dict[str, str] = {}
@@ -197,18 +200,19 @@ class PrefixIndex:
         """
         if not isinstance(instance, str):
             raise InvalidType(f"instance must be a str, got {type(instance).__name__}")
-        if instance in self._rows:
-            raise DuplicateInstance(f"instance {instance!r} is there already")
-        capacity = _capacity(instance, capacity_blocks, engine_hashes)
-        row = self._free.pop() if self._free else len(self._names)
-        self._tree.add_row(row, capacity, engine_hashes)
-        if row == len(self._names):
-            self._names.append(instance)
-        else:
-            self._names[row] = instance
-        self._rows[instance] = row
-        self._kind[instance] = _kind(capacity, engine_hashes)
-        return row
+        with self._lock:
+            if instance in self._rows:
+                raise DuplicateInstance(f"instance {instance!r} is there already")
+            capacity = _capacity(instance, capacity_blocks, engine_hashes)
+            row = self._free.pop() if self._free else len(self._names)
+            self._tree.add_row(row, capacity, engine_hashes)
+            if row == len(self._names):
+                self._names.append(instance)
+            else:
+                self._names[row] = instance
+            self._rows[instance] = row
+            self._kind[instance] = _kind(capacity, engine_hashes)
+            return row
 
     def reset(
         self, instance: str, *, capacity_blocks: int | None = None, engine_hashes: bool = False
@@ -217,25 +221,28 @@ class PrefixIndex:
 
         Raises as ``add_instance``, and UnknownInstance.
         """
-        row = self.row(instance)
-        capacity = _capacity(instance, capacity_blocks, engine_hashes)
-        self._tree.remove_row(row)
-        self._tree.add_row(row, capacity, engine_hashes)
-        self._kind[instance] = _kind(capacity, engine_hashes)
+        with self._lock:
+            row = self.row(instance)
+            capacity = _capacity(instance, capacity_blocks, engine_hashes)
+            self._tree.remove_row(row)
+            self._tree.add_row(row, capacity, engine_hashes)
+            self._kind[instance] = _kind(capacity, engine_hashes)
 
     def remove_instance(self, instance: str) -> None:
         """Forget the instance and give back its memory. O(its nodes). Raises UnknownInstance."""
-        row = self.row(instance)
-        self._tree.remove_row(row)
-        del self._rows[instance], self._kind[instance]
-        self._names[row] = None
-        self._free.append(row)
-        self._free.sort(reverse=True)
+        with self._lock:
+            row = self.row(instance)
+            self._tree.remove_row(row)
+            del self._rows[instance], self._kind[instance]
+            self._names[row] = None
+            self._free.append(row)
+            self._free.sort(reverse=True)
 
     def resize(self, instance: str, capacity_blocks: int) -> None:
         """Change a bounded instance's capacity and evict down to it. Raises as ``add_instance``."""
-        row = self._row_of(instance, "bounded")
-        self._tree.resize(row, _as_capacity(capacity_blocks))
+        with self._lock:
+            row = self._row_of(instance, "bounded")
+            self._tree.resize(row, _as_capacity(capacity_blocks))
 
     def row(self, instance: str) -> int:
         """Return the instance's row: its place in the result of ``match``. Raises UnknownInstance."""
@@ -286,21 +293,24 @@ class PrefixIndex:
         Raises UnknownInstance, UnknownBlock (the instance holds no block named ``parent``), InvalidType,
         InvalidArgument (hashes missing, superfluous, or not as many as keys).
         """
-        row = self.row(instance)
-        path = as_keys(keys)
-        if self._kind[instance] != "named":
-            if engine_hashes is not None or parent is not None:
-                raise InvalidArgument(f"instance {instance!r} was added without engine_hashes=True")
-            return self._tree.store(row, path)
-        if engine_hashes is None:
-            raise InvalidArgument(f"instance {instance!r} needs engine_hashes, one for each of the keys")
-        hashes = as_hashes(engine_hashes)
-        if len(hashes) != len(path):
-            raise InvalidArgument(f"{len(path)} keys need as many engine_hashes, got {len(hashes)}")
-        stored = self._tree.store_named(row, None if parent is None else engine_hash(parent), hashes, path)
-        if stored == UNKNOWN_PARENT:
-            raise UnknownBlock(f"instance {instance!r} holds no block with engine hash {parent!r}")
-        return stored
+        with self._lock:
+            row = self.row(instance)
+            path = as_keys(keys)
+            if self._kind[instance] != "named":
+                if engine_hashes is not None or parent is not None:
+                    raise InvalidArgument(f"instance {instance!r} was added without engine_hashes=True")
+                return self._tree.store(row, path)
+            if engine_hashes is None:
+                raise InvalidArgument(f"instance {instance!r} needs engine_hashes, one for each of the keys")
+            hashes = as_hashes(engine_hashes)
+            if len(hashes) != len(path):
+                raise InvalidArgument(f"{len(path)} keys need as many engine_hashes, got {len(hashes)}")
+            stored = self._tree.store_named(
+                row, None if parent is None else engine_hash(parent), hashes, path
+            )
+            if stored == UNKNOWN_PARENT:
+                raise UnknownBlock(f"instance {instance!r} holds no block with engine hash {parent!r}")
+            return stored
 
     def remove(self, instance: str, engine_hashes: Sequence[EngineHash] | NDArray[np.uint64]) -> int:
         """Forget blocks of a named instance by engine hash; return how many it held under that name.
@@ -309,11 +319,12 @@ class PrefixIndex:
         the index never learned of. Does not cascade. O(1) per block, plus the split that it causes.
         Raises UnknownInstance, InvalidType, InvalidArgument.
         """
-        row = self._row_of(instance, "named")
-        hashes = as_hashes(engine_hashes)
-        known = self._tree.remove_named(row, hashes)
-        self.removed_unknown += len(hashes) - known
-        return known
+        with self._lock:
+            row = self._row_of(instance, "named")
+            hashes = as_hashes(engine_hashes)
+            known = self._tree.remove_named(row, hashes)
+            self.removed_unknown += len(hashes) - known
+            return known
 
     def discard(self, instance: str, keys: Keys, *, start: int = 0) -> int:
         """Stop holding blocks ``start`` and later of the path ``keys``; return how many were held.
@@ -321,19 +332,21 @@ class PrefixIndex:
         For instances without engine hashes. Does not cascade to blocks beyond ``keys``. O(D + W).
         Raises UnknownInstance, InvalidType, InvalidArgument.
         """
-        row = self.row(instance)
-        if self._kind[instance] == "named":
-            raise InvalidArgument(f"instance {instance!r} is named: use remove() with engine hashes")
-        path = as_keys(keys)
-        if isinstance(start, bool) or not isinstance(start, int | np.integer):
-            raise InvalidType(f"start must be an int, got {type(start).__name__}")
-        if start < 0:
-            raise InvalidArgument(f"start must be at least 0, got {start}")
-        return self._tree.discard(row, path, min(int(start), len(path)))
+        with self._lock:
+            row = self.row(instance)
+            if self._kind[instance] == "named":
+                raise InvalidArgument(f"instance {instance!r} is named: use remove() with engine hashes")
+            path = as_keys(keys)
+            if isinstance(start, bool) or not isinstance(start, int | np.integer):
+                raise InvalidType(f"start must be an int, got {type(start).__name__}")
+            if start < 0:
+                raise InvalidArgument(f"start must be at least 0, got {start}")
+            return self._tree.discard(row, path, min(int(start), len(path)))
 
     def clear(self, instance: str) -> None:
         """Drop everything the instance holds. O(its nodes). Raises UnknownInstance."""
-        self._tree.clear(self.row(instance))
+        with self._lock:
+            self._tree.clear(self.row(instance))
 
     # -- questions ---------------------------------------------------------------------------------
 
@@ -354,7 +367,8 @@ class PrefixIndex:
 
     def blocks(self, instance: str) -> int:
         """Return how many blocks the instance holds. O(1). Raises UnknownInstance."""
-        return self._tree.blocks(self.row(instance))
+        with self._lock:
+            return self._tree.blocks(self.row(instance))
 
     def __len__(self) -> int:
         """Return how many distinct blocks are held by at least one instance. O(1)."""

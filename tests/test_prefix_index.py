@@ -539,3 +539,41 @@ def test_readers_beside_a_writer_see_only_whole_states(index):
         reader.join()
     assert wrong == []
     index.check()
+
+
+def test_instances_come_and_go_beside_writers_and_readers(index):
+    keys = np.arange(50, dtype=np.uint64)
+    index.add_instance("stays", capacity_blocks=30)
+    unexpected = []
+
+    def store():
+        for _ in range(300):
+            for name in ("stays", "comes"):
+                try:
+                    index.store(name, keys)
+                    index.blocks(name)
+                except UnknownInstance:
+                    continue
+                except Exception as error:
+                    unexpected.append(error)
+
+    writers = [threading.Thread(target=store) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for _ in range(200):
+        index.add_instance("comes", capacity_blocks=40)
+        index.match(keys)
+        index.remove_instance("comes")
+    for writer in writers:
+        writer.join()
+    assert unexpected == []
+    assert index.match_by_instance(keys) == {"stays": 30}
+    index.check()
+
+
+def test_a_backend_refuses_a_row_that_is_not_there(backend):
+    tree = new_backend(backend)
+    tree.add_row(1, -1, False)
+    for call in (lambda: tree.blocks(0), lambda: tree.store(5, path(1)), lambda: tree.clear(2)):
+        with pytest.raises(LookupError):
+            call()
