@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, where the README is."""
+"""The code of README and docs runs as it stands, where they are."""
 
 import re
 from pathlib import Path
@@ -13,6 +13,18 @@ if README.exists():
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "gpu-0 0 1000"
         assert lines[1] == "lmetric: 1000 prompt tokens to gpu-0, score 8 of 2 candidates"
+
+    def test_the_code_of_the_policies_page_runs(monkeypatch):
+        from mulsched import policies
+
+        monkeypatch.setattr(policies._policy, "_REGISTRY", dict(policies._policy._REGISTRY))
+        page = (README.parent / "docs" / "policies.md").read_text()
+        names = {}
+        for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(compile(code, "policies.md", "exec"), names)
+        router = names["mulsched"].Router(policy="guarded")
+        router.add_instance("a")
+        assert router.select([1, 2, 3]).policy == "guarded"
 
     def test_its_policies_are_those_there_are():
         from mulsched import policies
