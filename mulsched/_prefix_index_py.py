@@ -15,8 +15,12 @@ It builds the same nodes for the same content. Invariants, checked by ``check()`
 9. ``unique_blocks`` is the number of blocks with a holder.
 """
 
+import functools
 import sys
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +30,9 @@ from mulsched.types import Keys
 __all__ = ["PrefixIndexPy"]
 
 UNKNOWN_PARENT = -1
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Block:
@@ -145,8 +152,9 @@ class _Tree:
 
     def settle(self) -> None:
         """Bring the touched part of the tree back into canonical form (invariants 3 and 4)."""
-        while self._touched:
-            node = self._touched.pop()
+        # from the root down: a long chain of single blocks then grows at its end, in linear time
+        self._touched.sort(key=lambda node: node.start)
+        for node in self._touched:  # grows meanwhile
             parent = node.parent
             if parent is None:  # the root, or a node that is gone
                 continue
@@ -160,6 +168,7 @@ class _Tree:
                 (only,) = node.children.values()
                 if self._mergeable(node, only):
                     self._merge(node, only)
+        self._touched.clear()
 
     def _mergeable(self, parent: _Node, child: _Node) -> bool:
         """Whether a node's only child can be joined to it.
@@ -231,6 +240,7 @@ class _Tree:
 
     def check(self) -> None:
         count = unique = 0
+        blocks: set[_Block] = set()
         held_nodes = dict.fromkeys(self.rows, 0)
         held_blocks = dict.fromkeys(self.rows, 0)
         for node in self.walk():
@@ -248,6 +258,7 @@ class _Tree:
                 for offset, block in enumerate(node.blocks):
                     assert block.node is node, f"invariant 7: {where}"
                     assert block.offset == offset, f"invariant 7: {where}"
+            blocks.update(node.blocks)
             for row in node.holders:
                 held_nodes[row] += 1
                 held_blocks[row] += len(node.keys)
@@ -256,9 +267,9 @@ class _Tree:
         assert count == self.n_nodes, "invariant 1: nodes out of reach"
         assert unique == self.unique_blocks, "invariant 9: count of unique blocks"
         for row in self.rows:
-            self._check_row(row, held_nodes[row], held_blocks[row])
+            self._check_row(row, held_nodes[row], held_blocks[row], blocks)
 
-    def _check_row(self, row: int, held_nodes: int, held_blocks: int) -> None:
+    def _check_row(self, row: int, held_nodes: int, held_blocks: int, blocks: set[_Block]) -> None:
         state = self.rows[row]
         seen: set[_Node] = set()
         previous = None
@@ -276,33 +287,57 @@ class _Tree:
         assert len(seen) == held_nodes, f"invariant 5: row {row}"
         assert state.blocks == held_blocks, f"invariant 5: row {row}"
         assert not state.bounded or state.blocks <= state.capacity, f"invariant 5: row {row}"
-        if state.named:
-            assert all(row in block.node.holders for block in state.names.values()), f"invariant 8: row {row}"
-            named = len(state.names) - sum(state.extra_names.values())
-            assert named == state.blocks, f"invariant 8: row {row}"
+        names = Counter(state.names.values())
+        assert names.keys() <= blocks, f"invariant 7: row {row}"
+        assert all(row in block.node.holders for block in names), f"invariant 8: row {row}"
+        assert not state.named or len(names) == state.blocks, f"invariant 8: row {row}"
+        assert {block: n - 1 for block, n in names.items() if n > 1} == state.extra_names, (
+            f"invariant 8: row {row}"
+        )
+
+
+def _exclusive(
+    operation: Callable[Concatenate["PrefixIndexPy", P], R],
+) -> Callable[Concatenate["PrefixIndexPy", P], R]:
+    """Keep other threads out meanwhile: between two bytecodes the GIL lets them in, tree half changed."""
+
+    @functools.wraps(operation)
+    def alone(self: "PrefixIndexPy", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return operation(self, *args, **kwargs)
+
+    return alone
 
 
 class PrefixIndexPy:
-    """The index; the interface and its meaning are ``mulsched.prefix_index.Backend``."""
+    """The index; the interface and its meaning are ``mulsched.prefix_index.Backend``.
+
+    Thread-safe like its twin, but readers exclude each other too.
+    """
 
     def __init__(self) -> None:
         self._tree = _Tree()
+        self._lock = threading.RLock()  # remove_row clears
 
+    @_exclusive
     def add_row(self, row: int, capacity: int, named: bool) -> None:
         """Start an empty row."""
         self._tree.rows[row] = _Row(capacity, named)
 
+    @_exclusive
     def remove_row(self, row: int) -> None:
         """Forget the row and everything it holds."""
         self.clear(row)
         del self._tree.rows[row]
 
+    @_exclusive
     def resize(self, row: int, capacity: int) -> None:
         """Change the capacity of a bounded row and evict down to it."""
         self._tree.rows[row].capacity = capacity
         self._evict(row)
         self._tree.settle()
 
+    @_exclusive
     def store(self, row: int, keys: Keys) -> int:
         """Hold the whole path on an unnamed row; return the blocks not held before."""
         newly, segments = self._hold(row, self._tree.root, 0, keys.tolist())
@@ -314,6 +349,7 @@ class PrefixIndexPy:
         self._tree.settle()
         return newly
 
+    @_exclusive
     def store_named(self, row: int, parent: int | None, hashes: Keys, keys: Keys) -> int:
         """Append blocks after the one that parent names; return blocks newly held, -1: unknown parent."""
         state = self._tree.rows[row]
@@ -341,6 +377,7 @@ class PrefixIndexPy:
         self._tree.settle()
         return newly
 
+    @_exclusive
     def remove_named(self, row: int, hashes: Keys) -> int:
         """Forget names; return how many were known."""
         state = self._tree.rows[row]
@@ -349,6 +386,7 @@ class PrefixIndexPy:
         self._tree.settle()
         return len(found)
 
+    @_exclusive
     def discard(self, row: int, keys: Keys, start: int) -> int:
         """Stop holding blocks start and later of the path on an unnamed row; return how many were held."""
         tree = self._tree
@@ -370,6 +408,7 @@ class PrefixIndexPy:
         tree.settle()
         return before - tree.rows[row].blocks
 
+    @_exclusive
     def clear(self, row: int) -> None:
         """Hold nothing on this row."""
         state = self._tree.rows[row]
@@ -379,6 +418,7 @@ class PrefixIndexPy:
         state.extra_names.clear()
         self._tree.settle()
 
+    @_exclusive
     def match(self, keys: Keys, out: NDArray[np.int64]) -> None:
         """Write per row how many leading blocks of keys it holds."""
         out[:] = 0
@@ -386,25 +426,31 @@ class PrefixIndexPy:
         rows: set[int] | None = None  # that hold everything so far
         while at < len(path) and path[at] in node.children:
             node = node.children[path[at]]
-            rows = set(node.holders) if rows is None else rows & node.holders.keys()
+            held = node.holders.keys()
+            # a row that was added after out was made has no place in it
+            rows = {row for row in held if row < len(out)} if rows is None else rows & held
             matched = _common_prefix(node.keys, 0, path, at)
             at += matched
             out[list(rows)] = at
             if not rows or matched < len(node.keys):
                 break
 
+    @_exclusive
     def blocks(self, row: int) -> int:
         """Return how many blocks the row holds."""
         return self._tree.rows[row].blocks
 
+    @_exclusive
     def unique_blocks(self) -> int:
         """Return how many blocks are held by at least one row."""
         return self._tree.unique_blocks
 
+    @_exclusive
     def nodes(self) -> int:
         """Return how many nodes the tree has, the root not counted."""
         return self._tree.n_nodes
 
+    @_exclusive
     def memory(self) -> dict[str, int]:
         """Return bytes by part, as far as sys.getsizeof sees them."""
         size = sys.getsizeof
@@ -418,14 +464,17 @@ class PrefixIndexPy:
             parts["names"] += size(row.names) + sum(map(size, row.names)) + size(row.extra_names)
         return parts | {"total": sum(parts.values())}
 
+    @_exclusive
     def check(self) -> None:
         """Raise AssertionError with the number of an invariant that does not hold."""
         self._tree.check()
 
+    @_exclusive
     def edges(self) -> list[tuple[int, list[int], list[int]]]:
         """Return every node in depth-first order: (start depth, keys, holder rows)."""
         return [(node.start, list(node.keys), sorted(node.holders)) for node in self._tree.walk()]
 
+    @_exclusive
     def lru(self, row: int) -> list[list[int]]:
         """Return the key paths of the row's nodes, next to be evicted first."""
         paths = []
@@ -499,8 +548,8 @@ class PrefixIndexPy:
         return False
 
     def _drop_blocks(self, row: int, blocks: list[_Block]) -> None:
-        """Make the row stop holding these blocks, one by one."""
-        for block in blocks:
+        """Make the row stop holding these blocks, the deepest first: what a cut moves is then short."""
+        for block in sorted(blocks, key=lambda block: block.depth, reverse=True):
             node, offset = block.node, block.offset
             if offset + 1 < len(node.keys):
                 self._tree.split(node, offset + 1)
