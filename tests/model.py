@@ -1,8 +1,11 @@
 """A naive model of the prefix index, without a tree: sets and lists of prefixes.
 
 It is written from the meaning of the operations, and offers the row-based interface of
-``mulsched.prefix_index.Backend`` as far as content goes.
+``mulsched.prefix_index.Backend`` as far as content goes, and the nodes that the content calls for.
 """
+
+from collections import Counter
+from itertools import pairwise
 
 
 def prefixes(path, start=0):
@@ -86,3 +89,33 @@ class ModelIndex:
 
     def unique_blocks(self):
         return len(set().union(*(self.held(row) for row in self.capacity)))
+
+    def edges(self):
+        """The one set of nodes for this content: (start, keys, rows), in the order of their paths.
+
+        A block lies on one edge with the block above it if that has no other child, if the same rows hold
+        both, and if in each bounded one of these rows it leaves right before the block above it.
+        """
+        rows = {}
+        for row in self.capacity:
+            for held in self.held(row):
+                for prefix in prefixes(held):
+                    rows.setdefault(prefix, set())
+                rows[held].add(row)
+        children = Counter(prefix[:-1] for prefix in rows)
+        neighbours = {
+            row: set(pairwise(order)) for row, order in self.order.items() if self.capacity[row] >= 0
+        }
+        nodes = []
+        for prefix in sorted(rows):
+            above = prefix[:-1]
+            if (
+                above
+                and children[above] == 1
+                and rows[above] == rows[prefix]
+                and all((prefix, above) in neighbours[row] for row in rows[prefix] & neighbours.keys())
+            ):
+                nodes[-1][1].append(prefix[-1])
+            else:
+                nodes.append((len(above), [prefix[-1]], sorted(rows[prefix])))
+        return nodes
