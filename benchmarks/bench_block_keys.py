@@ -16,6 +16,10 @@ def xxhash_package(tokens):
     return [xxhash.xxh3_64_intdigest(raw[i : i + width], seed=1337) for i in range(0, len(raw), width)]
 
 
+def describe(benchmark, keys, **sizes):
+    benchmark.extra_info |= sizes | {"blocks": len(keys)}
+
+
 HASHERS = {
     "native": lambda tokens: _native.hash_blocks(tokens, BLOCK_SIZE, 1337),
     "python": lambda tokens: _block_keys_py.hash_blocks(tokens, BLOCK_SIZE, 1337),
@@ -27,6 +31,7 @@ HASHERS = {
 def bench_array(benchmark, name):
     keys = benchmark({**HASHERS, "xxhash": xxhash_package}[name], TOKENS)
     assert len(keys) == PROMPT_TOKENS // BLOCK_SIZE
+    describe(benchmark, keys, tokens=PROMPT_TOKENS)
 
 
 @pytest.mark.benchmark(group="block keys, 8,192 tokens, list")
@@ -34,9 +39,12 @@ def bench_array(benchmark, name):
 def bench_list(benchmark, name):
     keys = benchmark(HASHERS[name], TOKENS.tolist())
     assert len(keys) == PROMPT_TOKENS // BLOCK_SIZE
+    describe(benchmark, keys, tokens=PROMPT_TOKENS)
 
 
 @pytest.mark.benchmark(group="block keys, 32,768 characters")
 @pytest.mark.parametrize("module", [_native, _block_keys_py], ids=["native", "python"])
 def bench_text(benchmark, module):
-    assert len(benchmark(module.hash_text_blocks, TEXT, 64, 1337)) == 512
+    keys = benchmark(module.hash_text_blocks, TEXT, 64, 1337)
+    assert len(keys) == 512
+    describe(benchmark, keys, characters=len(TEXT))

@@ -1,6 +1,11 @@
 """The prefix index: match, store, remove, memory."""
 
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,3 +100,18 @@ def bench_remove(benchmark, backend, quick):
         lambda: index.remove("a", keys[:-65:-1]), setup=fill, rounds=1 if quick else 500
     )
     assert removed == 64
+    describe(benchmark, index)
+
+
+@pytest.mark.benchmark(group="memory")
+@pytest.mark.parametrize("kind", ["named", "bounded"])
+@pytest.mark.parametrize("name", ["native", "python"])
+def bench_memory(benchmark, name, kind, quick):
+    """Bytes a block by the index's account and by the operating system's; how long it takes says nothing."""
+    blocks = 20_000 if quick else {"native": 1_000_000, "python": 100_000}[name]
+    command = [sys.executable, str(Path(__file__).parent / "memory.py"), kind, str(blocks)]
+    environment = os.environ | {"MULSCHED_BACKEND": name}
+    done = benchmark.pedantic(
+        lambda: subprocess.run(command, env=environment, capture_output=True, text=True, check=True), rounds=1
+    )
+    benchmark.extra_info |= json.loads(done.stdout)

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from inputs import INSTANCES, PROMPT_TOKENS
 
 from mulsched import Router
 
+SIZES = {"tokens": PROMPT_TOKENS, "instances": INSTANCES}
 RNG = np.random.default_rng(2)
 SYSTEM = RNG.integers(0, 100_000, 2048, dtype=np.uint32)
 PROMPTS = [
@@ -46,6 +48,7 @@ def bench_route(benchmark, policy, quick):
         return (next(turn),), {"request_id": request_id}
 
     benchmark.pedantic(router.route, setup=fresh, rounds=1 if quick else 5000)
+    benchmark.extra_info |= SIZES
 
 
 @pytest.mark.benchmark(group="select, 8,192 tokens x 64 instances")
@@ -53,6 +56,7 @@ def bench_route(benchmark, policy, quick):
 def bench_select(benchmark, policy):
     router, turn = warm_router(policy), itertools.cycle(PROMPTS)
     benchmark(lambda: router.select(next(turn)))
+    benchmark.extra_info |= SIZES
 
 
 @pytest.mark.benchmark(group="first token and finish")
@@ -69,11 +73,12 @@ def bench_life(benchmark, quick):
         router.finish(request_id)
 
     benchmark.pedantic(end, setup=fresh, rounds=1 if quick else 3000)
+    benchmark.extra_info |= SIZES
 
 
 PURE = """
 import itertools, statistics, sys, time
-sys.path.insert(0, "benchmarks")
+sys.path.insert(0, sys.argv[2])
 from bench_router import PROMPTS, composed, warm_router
 router, turn, took = warm_router(), itertools.cycle(PROMPTS), []
 for _ in range(int(sys.argv[1])):
@@ -89,8 +94,8 @@ print(statistics.median(took))
 def bench_select_in_pure_python(benchmark, quick):
     """The twin is chosen at import, so it runs in a process of its own and reports its median."""
     environment = os.environ | {"MULSCHED_BACKEND": "python"}
-    command = [sys.executable, "-c", PURE, "5" if quick else "200"]
+    command = [sys.executable, "-c", PURE, "5" if quick else "200", str(Path(__file__).parent)]
     done = benchmark.pedantic(
         lambda: subprocess.run(command, env=environment, capture_output=True, text=True, check=True), rounds=1
     )
-    benchmark.extra_info["median_us"] = 1e6 * float(done.stdout)
+    benchmark.extra_info |= SIZES | {"median_us": 1e6 * float(done.stdout)}
