@@ -4,6 +4,7 @@ Besides our own cases these cover, in our words, what the index tests of smg che
 tree, string tree) wherever it applies to a block index: see the section titles.
 """
 
+import sys
 import threading
 
 import numpy as np
@@ -141,6 +142,58 @@ def test_any_number_of_instances_is_told_apart(index, count):
         i % 3 + 1 for i in range(1, count, 2)
     ]
     index.check()
+
+
+def test_a_path_that_goes_on_adds_only_what_is_new(index):
+    index.add_instance("a")
+    index.store("a", path(1, 2))
+    assert index.store("a", path(1, 2, 3, 4)) == 2
+    assert index.blocks("a") == 4
+    assert index.n_nodes == 1
+
+
+def test_a_match_lets_each_instance_go_where_its_path_ends(index):
+    keys = np.arange(64, dtype=np.uint64)
+    for i in range(64):
+        index.add_instance(f"i{i}")
+        index.store(f"i{i}", keys[: 64 - i])
+    assert index.match(keys).tolist() == list(range(64, 0, -1))
+    assert len(index) == 64
+    assert index.n_nodes == 64
+
+
+def test_several_paths_of_one_instance_do_not_mix(index):
+    index.add_instance("a")
+    paths = [np.arange(100 * i, 100 * i + 50, dtype=np.uint64) for i in range(20)]
+    for keys in paths:
+        index.store("a", keys)
+    assert [index.match_by_instance(keys)["a"] for keys in paths] == [50] * 20
+    assert index.match_by_instance(np.concatenate([paths[0], paths[1]])) == {"a": 50}
+
+
+def test_counts_follow_every_operation(index):
+    named(index, "a", "b")
+    seen = []
+    for act in (
+        lambda: index.store("a", path(1, 2, 3), engine_hashes=[1, 2, 3]),
+        lambda: index.store("b", path(1, 2, 9), engine_hashes=[1, 2, 9]),
+        lambda: index.store("a", path(1, 2, 3), engine_hashes=[1, 2, 3]),
+        lambda: index.remove("a", [2]),
+        lambda: index.remove("b", [2]),
+        lambda: index.clear("a"),
+        lambda: index.remove_instance("b"),
+    ):
+        act()
+        seen.append((len(index), [index.blocks(i) for i in index.instances]))
+    assert seen == [
+        (3, [3, 0]),
+        (4, [3, 3]),
+        (4, [3, 3]),
+        (4, [2, 3]),
+        (3, [2, 2]),
+        (2, [0, 2]),
+        (0, [0]),
+    ]
 
 
 # -- shape of the tree: split, merge, no growth -----------------------------------------------------------
@@ -285,6 +338,65 @@ def test_a_name_that_is_used_again_moves(index):
     assert index.match_by_instance(path(2)) == {"a": 1}
 
 
+def test_a_chain_of_continuations_is_each_instances_own(index):
+    named(index, "a", "b")
+    for name, length in (("a", 30), ("b", 20)):
+        for i in range(length):
+            index.store(name, path(i), parent=i - 1 if i else None, engine_hashes=[i])
+    index.remove("a", [10])
+    assert index.match_by_instance(np.arange(30, dtype=np.uint64)) == {"a": 10, "b": 20}
+
+
+def test_names_are_bound_one_after_the_other(index):
+    named(index, "a")
+    index.store("a", path(1, 2), engine_hashes=[10, 20])
+    # 10 moves from the first block to the third: the path goes on below a block that is no longer held
+    assert index.store("a", path(3, 4), parent=20, engine_hashes=[10, 30]) == 2
+    assert index.blocks("a") == 3
+    assert index.match_by_instance(path(1, 2, 3, 4)) == {"a": 0}
+    index.store("a", path(1), engine_hashes=[40])
+    assert index.match_by_instance(path(1, 2, 3, 4)) == {"a": 4}
+
+
+def test_a_name_given_twice_in_one_call_stays_with_the_last_block(index):
+    named(index, "a")
+    assert index.store("a", path(1, 2), engine_hashes=[10, 10]) == 2
+    assert index.blocks("a") == 1
+    index.store("a", path(3), parent=10, engine_hashes=[11])
+    index.store("a", path(1), engine_hashes=[12])
+    assert index.match_by_instance(path(1, 2, 3)) == {"a": 3}
+
+
+def test_a_name_may_be_its_own_parent(index):
+    named(index, "a")
+    index.store("a", path(1), engine_hashes=[10])
+    assert index.store("a", path(2), parent=10, engine_hashes=[10]) == 1
+    assert index.blocks("a") == 1
+    index.store("a", path(1), engine_hashes=[11])
+    assert index.match_by_instance(path(1, 2)) == {"a": 2}
+
+
+def test_names_are_each_instances_own(index):
+    named(index, "a", "b")
+    index.store("a", path(1), engine_hashes=[10])
+    index.store("b", path(2), engine_hashes=[10])
+    index.remove("a", [10])
+    assert index.match_by_instance(path(2)) == {"a": 0, "b": 1}
+
+
+def test_long_paths_may_be_stored_in_turns(index):
+    named(index, "a", "b")
+    keys = np.arange(600, dtype=np.uint64)
+    for start in range(0, 600, 50):
+        for name, key in (("a", keys), ("b", keys + np.uint64(1000))):
+            part = key[start : start + 50]
+            parent = int(key[start - 1]) if start else None
+            index.store(name, part, parent=parent, engine_hashes=part)
+    assert index.match_by_instance(keys) == {"a": 600, "b": 0}
+    assert index.match_by_instance(keys + np.uint64(1000)) == {"a": 0, "b": 600}
+    assert index.n_nodes == 2
+
+
 def test_a_long_path_loses_and_regains_its_tail(index):
     named(index, "a")
     keys = np.arange(2000, dtype=np.uint64) + np.uint64(9)
@@ -349,6 +461,31 @@ def test_eviction_on_one_instance_leaves_the_others_alone(index):
     assert index.match_by_instance(path(1, 2)) == {"a": 0, "b": 2}
 
 
+def test_a_cache_of_one_block_holds_the_head_of_the_newest_path(index):
+    index.add_instance("a", capacity_blocks=1)
+    for first in (1, 2, 3):
+        index.store("a", path(first, 9))
+    assert [index.match_by_instance(path(first, 9))["a"] for first in (1, 2, 3)] == [0, 0, 1]
+
+
+def test_a_branch_point_is_joined_again_when_a_branch_is_evicted(index):
+    index.add_instance("a", capacity_blocks=4)
+    index.store("a", path(1, 2, 3))
+    index.store("a", path(1, 2, 4))
+    assert index.n_nodes == 3
+    index.store("a", path(1, 2, 4, 5))
+    assert index.n_nodes == 1
+    assert index.match_by_instance(path(1, 2, 3)) == {"a": 2}
+
+
+def test_resizing_an_empty_cache_keeps_it_empty(index):
+    index.add_instance("a", capacity_blocks=5)
+    index.resize("a", 2)
+    assert index.blocks("a") == 0
+    index.store("a", path(1, 2, 3))
+    assert index.blocks("a") == 2
+
+
 def test_resizing_evicts_down(index):
     index.add_instance("a", capacity_blocks=5)
     index.store("a", path(1, 2, 3, 4, 5))
@@ -364,6 +501,34 @@ def test_discard_takes_only_the_rest_of_the_path(index):
     assert index.discard("a", path(1, 2, 3, 4), start=2) == 2
     assert index.match_by_instance(path(1, 2, 3)) == {"a": 2}
     assert index.match_by_instance(path(1, 2, 9)) == {"a": 3}
+
+
+def test_discard_reaches_past_a_hole(index):
+    index.add_instance("a")
+    index.store("a", path(1, 2, 3, 4))
+    index.discard("a", path(1, 2), start=1)
+    assert index.discard("a", path(1, 2, 3, 4), start=1) == 2
+    assert index.match_by_instance(path(1, 2, 3, 4)) == {"a": 1}
+
+
+def test_discard_leaves_what_is_deeper_than_its_keys(index):
+    index.add_instance("a")
+    index.store("a", path(1, 2, 3))
+    assert index.discard("a", path(1, 2)) == 2
+    assert index.blocks("a") == 1
+    index.store("a", path(1, 2))
+    assert index.match_by_instance(path(1, 2, 3)) == {"a": 3}
+
+
+@pytest.mark.parametrize("start", [0, 2, 5, 10**30])
+def test_discarding_what_is_not_there_changes_nothing(index, start):
+    index.add_instance("a")
+    index.add_instance("b")
+    index.store("b", path(1, 2, 3))
+    before = state(index)
+    assert index.discard("a", path(1, 2, 3), start=start) == 0
+    assert index.discard("b", path(9, 2, 3), start=start) == 0
+    assert state(index) == before
 
 
 # -- life of instances --------------------------------------------------------------------------------------
@@ -389,6 +554,25 @@ def test_a_removed_instance_is_forgotten_and_its_row_used_again(index):
     assert index.add_instance("d") == 0
     assert index.match_by_instance(path(1, 2)) == {"c": 2, "d": 0}
     assert index.n_rows == 3
+
+
+def test_an_instance_that_comes_back_starts_empty(index):
+    named(index, "a", "b")
+    for name in "ab":
+        index.store(name, path(1, 2), engine_hashes=[1, 2])
+    index.remove_instance("a")
+    named(index, "a")
+    assert index.match_by_instance(path(1, 2)) == {"a": 0, "b": 2}
+    with pytest.raises(UnknownBlock):
+        index.store("a", path(3), parent=2, engine_hashes=[3])
+
+
+def test_freed_rows_match_nothing(index):
+    for name in "abc":
+        index.add_instance(name)
+        index.store(name, path(1, 2))
+    index.remove_instance("b")
+    assert index.match(path(1, 2)).tolist() == [2, 0, 2]
 
 
 def test_reset_changes_the_kind_and_keeps_the_row(index):
@@ -469,6 +653,34 @@ BAD_CALLS = [
     (lambda i: i.discard("named", path(1)), InvalidArgument, "use remove"),
     (lambda i: i.discard("plain", path(1), start=-1), InvalidArgument, "at least 0, got -1"),
     (lambda i: i.discard("plain", path(1), start="0"), InvalidType, "must be an int, got str"),
+    (lambda i: i.add_instance("x", capacity_blocks="9"), InvalidType, "must be an int, got str"),
+    (lambda i: i.reset([]), UnknownInstance, "unknown instance"),
+    (lambda i: i.reset("plain", capacity_blocks=2.0), InvalidType, "must be an int, got float"),
+    (lambda i: i.reset("lru", capacity_blocks=5, engine_hashes=True), InvalidArgument, "exclude each other"),
+    (lambda i: i.resize("lru", float("nan")), InvalidType, "must be an int, got float"),
+    (lambda i: i.resize("lru", None), InvalidType, "must be an int, got NoneType"),
+    (lambda i: i.resize("named", 5), InvalidArgument, "is named; this needs a bounded one"),
+    (lambda i: i.row(None), UnknownInstance, "unknown instance None"),
+    (lambda i: i.store("named", "abc", engine_hashes=[1]), InvalidType, "64-bit integers, got str"),
+    (lambda i: i.store("named", [-1], engine_hashes=[1]), InvalidArgument, "got -1 at position 0"),
+    (lambda i: i.store("named", path(), engine_hashes=[1]), InvalidArgument, "0 keys need as many"),
+    (lambda i: i.store("named", path(1), parent=True, engine_hashes=[1]), InvalidType, "got bool"),
+    (lambda i: i.store("named", path(1), parent=2**64, engine_hashes=[1]), InvalidArgument, "64 bits"),
+    (lambda i: i.store("named", path(1), engine_hashes=np.array([0.5])), InvalidType, "dtype float64"),
+    (lambda i: i.store("named", path(1), engine_hashes=np.ones((1, 1), int)), InvalidArgument, "one dim"),
+    (lambda i: i.store("lru", b"abc"), InvalidType, "64-bit integers, got bytes"),
+    (lambda i: i.store("lru", [float("nan")]), InvalidType, "got float at position 0"),
+    (lambda i: i.remove("named", 11), InvalidType, "sequence of int or bytes, got int"),
+    (lambda i: i.remove("named", b"ab"), InvalidType, "sequence of int or bytes, got bytes"),
+    (lambda i: i.remove("named", [11, "b"]), InvalidType, "int or bytes, got str"),
+    (lambda i: i.remove("named", [11, -(2**63) - 1]), InvalidArgument, "fit into 64 bits"),
+    (lambda i: i.remove("lru", [1]), InvalidArgument, "is bounded; this needs a named one"),
+    (lambda i: i.discard("plain", "abc"), InvalidType, "64-bit integers, got str"),
+    (lambda i: i.discard("plain", [1, -1]), InvalidArgument, "got -1 at position 1"),
+    (lambda i: i.discard("plain", path(1), start=True), InvalidType, "must be an int, got bool"),
+    (lambda i: i.discard("plain", path(1), start=0.5), InvalidType, "must be an int, got float"),
+    (lambda i: i.match_by_instance(None), InvalidType, "64-bit integers, got NoneType"),
+    (lambda i: i.match_by_instance([-1]), InvalidArgument, "got -1 at position 0"),
     (lambda i: i.match("abc"), InvalidType, "64-bit integers, got str"),
     (lambda i: i.match(np.array([0.5])), InvalidType, "got dtype float64"),
 ]
@@ -486,6 +698,7 @@ def test_a_bad_call_raises_and_changes_nothing(index, call, error, message):
     with pytest.raises(error, match=message):
         call(index)
     assert state(index) == before
+    assert index.removed_unknown == 0
     index.check()
 
 
@@ -516,64 +729,57 @@ def test_both_twins_word_errors_and_dumps_alike(monkeypatch):
     assert all(messages == said[0] for messages in said)
 
 
-def test_readers_beside_a_writer_see_only_whole_states(index):
-    keys = np.arange(100, dtype=np.uint64)
-    for i in range(8):
-        index.add_instance(f"i{i}", capacity_blocks=60)
-    wrong = []
+@pytest.fixture
+def hasty():
+    """Let threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def run_together(*tasks):
+    """Run each in a thread; return what they raised."""
+    raised = []
+    start = threading.Barrier(len(tasks))
+
+    def run(task):
+        start.wait()
+        try:
+            task()
+        except Exception as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+@pytest.mark.usefixtures("hasty")
+def test_threads_see_and_leave_only_whole_states(index):
+    keys = np.arange(50, dtype=np.uint64)
+    index.add_instance("whole")
+    index.store("whole", keys)
+    for name in "ab":
+        index.add_instance(name, capacity_blocks=40)
+    seen = set()
     done = threading.Event()
+
+    def write(name):
+        try:
+            for turn in range(800):
+                # splits the edge that "whole" holds, and joins it again
+                index.store(name, np.append(keys[: turn % 50], np.uint64(99)))
+        finally:
+            done.set()
 
     def read():
         while not done.is_set():
-            wrong.extend(m for m in index.match(keys).tolist() if m > 60)
+            seen.add(int(index.match(keys)[0]))
 
-    readers = [threading.Thread(target=read) for _ in range(3)]
-    for reader in readers:
-        reader.start()
-    for turn in range(400):
-        index.store(f"i{turn % 8}", keys[: turn % 100])
-        if turn % 50 == 0:
-            index.clear(f"i{turn % 8}")
-    done.set()
-    for reader in readers:
-        reader.join()
-    assert wrong == []
+    assert run_together(lambda: write("a"), lambda: write("b"), read, read) == []
+    assert seen <= {50}
     index.check()
-
-
-def test_instances_come_and_go_beside_writers_and_readers(index):
-    keys = np.arange(50, dtype=np.uint64)
-    index.add_instance("stays", capacity_blocks=30)
-    unexpected = []
-
-    def store():
-        for _ in range(300):
-            for name in ("stays", "comes"):
-                try:
-                    index.store(name, keys)
-                    index.blocks(name)
-                except UnknownInstance:
-                    continue
-                except Exception as error:
-                    unexpected.append(error)
-
-    writers = [threading.Thread(target=store) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    for _ in range(200):
-        index.add_instance("comes", capacity_blocks=40)
-        index.match(keys)
-        index.remove_instance("comes")
-    for writer in writers:
-        writer.join()
-    assert unexpected == []
-    assert index.match_by_instance(keys) == {"stays": 30}
-    index.check()
-
-
-def test_a_backend_refuses_a_row_that_is_not_there(backend):
-    tree = new_backend(backend)
-    tree.add_row(1, -1, False)
-    for call in (lambda: tree.blocks(0), lambda: tree.store(5, path(1)), lambda: tree.clear(2)):
-        with pytest.raises(LookupError):
-            call()
