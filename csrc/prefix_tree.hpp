@@ -66,10 +66,10 @@ struct RowState {
   bool bounded() const noexcept { return capacity >= 0; }
 };
 
-// Grows by an eighth: edges are appended to by event, and doubling would cost up to twice their size.
+// Grows by a sixteenth: edges are appended to by event, and doubling would cost up to twice their size.
 template <class T>
 void append(std::vector<T>& to, const T* from, std::size_t n) {
-  if (to.size() + n > to.capacity()) to.reserve(to.size() + n + to.size() / 8);
+  if (to.size() + n > to.capacity()) to.reserve(to.size() + n + to.size() / 16);
   to.insert(to.end(), from, from + n);
 }
 
