@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.indicators import Columns
 
-__all__ = ["at_least", "weighted_race"]
+__all__ = ["at_least", "weighted_race", "whole_at_least"]
 
 
 def at_least(value: Any, name: str, least: float, *, most: float = math.inf) -> float:
@@ -20,6 +20,15 @@ def at_least(value: Any, name: str, least: float, *, most: float = math.inf) -> 
         wanted = f"at least {least:g}" if most == math.inf else f"in {least:g}..{most:g}"
         raise InvalidArgument(f"{name} must be finite and {wanted}, got {value}")
     return float(value)
+
+
+def whole_at_least(value: Any, name: str, least: int) -> int:
+    """Return a count as int; 1.5 is refused, not cut. Raises InvalidType, InvalidArgument (out of range)."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InvalidType(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise InvalidArgument(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def weighted_race(columns: Columns, log_weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,14 +2,16 @@
 
 import math
 from collections import OrderedDict
+from functools import lru_cache
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from mulsched.indicators import Columns
-from mulsched.policies._parameters import at_least
+from mulsched.policies._parameters import at_least, whole_at_least
 from mulsched.policies._policy import Policy, register
+from mulsched.scorers import lexicographic
 
 __all__ = ["consistent_hash_bounded", "least_p_tokens", "most_hits", "sticky"]
 
@@ -80,7 +82,7 @@ def sticky(*, max_sessions: int = 100_000) -> Policy:
     Parameters: ``max_sessions`` remembered (arbitrary; about 20 MB).
     Known losses: no sharing between sessions; a heavy session is not moved.
     """
-    sessions = _Sessions(int(at_least(max_sessions, "max_sessions", 1)))
+    sessions = _Sessions(whole_at_least(max_sessions, "max_sessions", 1))
     return Policy(
         name="sticky",
         score=lambda columns: columns.batch_size.astype(np.float64),
@@ -91,28 +93,24 @@ def sticky(*, max_sessions: int = 100_000) -> Policy:
 
 
 class _Ring:
-    """Consistent hashing of requests to instances, with an upper bound on load."""
+    """A ring of 2**64 places on which instances and requests hash to points, with a bound on load."""
 
     def __init__(self, balance: float, virtual_nodes: int, prefix_blocks: int) -> None:
         self._balance = balance
         self._virtual_nodes = virtual_nodes
         self._prefix_blocks = prefix_blocks
-        self._members: tuple[str, ...] = ()
-        self._points = np.empty(0, dtype=np.uint64)
-        self._owners = np.empty(0, dtype=np.int64)
+        # a name's points never change, so keeping them decides nothing; the bound is for names that come
+        # and go (pods): 4,096 of them are 4 MB
+        self._points = lru_cache(maxsize=4096)(self._hash_points)
 
     def score(self, columns: Columns) -> NDArray[np.float64]:
-        if self._members != tuple(columns.instances):
-            self._build(tuple(columns.instances))
-        n = len(columns)
-        start = int(np.searchsorted(self._points, np.uint64(self._key(columns))))
-        owners = np.roll(self._owners, -start)
-        _, first_seen = np.unique(owners, return_index=True)
-        ranks = np.empty(n, dtype=np.float64)
-        ranks[np.argsort(first_seen)] = np.arange(n)
+        # the order in which instances are met from the key on is that of their nearest points ahead of it;
+        # uint64 wraps around as the ring does
+        points = np.stack([self._points(name) for name in columns.instances])
+        ahead = (points - np.uint64(self._key(columns))).min(axis=1)
         load = columns.batch_size - 1
-        bound = math.ceil(self._balance * (int(load.sum()) + 1) / n)
-        return ranks + np.where(load < bound, 0, n)
+        bound = math.ceil(self._balance * (int(load.sum()) + 1) / len(columns))
+        return lexicographic(load >= bound, ahead)
 
     def _key(self, columns: Columns) -> int:
         request = columns.request
@@ -120,18 +118,9 @@ class _Ring:
             return xxhash.xxh3_64_intdigest(request.session.encode())
         return xxhash.xxh3_64_intdigest(request.keys[: self._prefix_blocks].tobytes())
 
-    def _build(self, members: tuple[str, ...]) -> None:
-        points = np.array(
-            [
-                [xxhash.xxh3_64_intdigest(f"{name}#{i}".encode()) for i in range(self._virtual_nodes)]
-                for name in members
-            ],
-            dtype=np.uint64,
-        )
-        order = np.argsort(points.ravel(), kind="stable")
-        self._points = points.ravel()[order]
-        self._owners = order // self._virtual_nodes
-        self._members = members
+    def _hash_points(self, name: str) -> NDArray[np.uint64]:
+        points = [xxhash.xxh3_64_intdigest(f"{name}#{i}".encode()) for i in range(self._virtual_nodes)]
+        return np.array(points, dtype=np.uint64)
 
 
 def consistent_hash_bounded(
@@ -141,18 +130,18 @@ def consistent_hash_bounded(
 
     What it does: hashes the session, or else the first ``prefix_blocks`` block keys, to a point on a ring
     of virtual nodes, and takes the first instance from there on with fewer than
-    ``ceil(balance * (requests + 1) / instances)`` requests.
+    ``ceil(balance * (requests + 1) / instances)`` requests; there always is one.
     Intent: affinity, distribution.
-    Inputs: session or block keys, running, waiting.
-    Parameters: ``balance`` 1.25 (HAProxy's and Vimeo's usual factor), ``virtual_nodes`` 100 (160 in
-    vllm-project/router; arbitrary), ``prefix_blocks`` 8 (arbitrary: 128 tokens at block size 16).
-    Known losses: does not know what is cached, only where it should be; the ring is kept for the last set of
-    candidates, so changing candidates cost a rebuild.
+    Inputs: session or block keys, names of the candidates, running, waiting.
+    Parameters: ``balance`` 1.25 (the least that HAProxy's manual calls reasonable), ``virtual_nodes`` 100
+    (160 in vllm-project/router; arbitrary), ``prefix_blocks`` 8 (arbitrary: 128 tokens at block size 16).
+    Known losses: does not know what is cached, only where it should be; moves nobody back when the load
+    falls. Prompts shorter than a block and without a session share one place. O(candidates * virtual nodes).
     """
     ring = _Ring(
         at_least(balance, "balance", 1),
-        int(at_least(virtual_nodes, "virtual_nodes", 1)),
-        int(at_least(prefix_blocks, "prefix_blocks", 1)),
+        whole_at_least(virtual_nodes, "virtual_nodes", 1),
+        whole_at_least(prefix_blocks, "prefix_blocks", 1),
     )
     return Policy(
         name="consistent_hash_bounded",

@@ -18,10 +18,10 @@ def linear(*, weight: float = 0.7) -> Policy:
     max batch_size``.
     Intent: affinity, balance.
     Inputs: matched blocks, running, waiting.
-    Parameters: ``weight`` .7, the best on the paper's ChatBot trace; .55 on its API trace (section 4.3).
-    A fair comparison sweeps it on the trace at hand.
+    Parameters: ``weight`` .7, the best on the paper's ChatBot trace; .55 on its API trace (section 4.3). It
+    is tuned per trace: a fair comparison sweeps it on the trace at hand.
     Known losses: the best weight moves with load and over time; the normalisation makes a score depend on
-    candidates that cannot win.
+    candidates that cannot win. Dividing by the largest is our reading of the paper's normalised batch size.
     """
     share = at_least(weight, "weight", 0, most=1)
 
@@ -43,8 +43,10 @@ def dynamo(*, overlap_weight: float = 1.0, temperature: float = 0.0) -> Policy:
     Intent: affinity, balance.
     Inputs: matched blocks, queued prefill tokens, context tokens, uniform.
     Parameters: ``overlap_weight`` 1 and ``temperature`` 0, Dynamo's defaults.
-    Known losses: weight to be tuned. Its decode blocks count output too, ours only prompts; credits for
-    host, disk and shared cache need tiers, which mulsched does not track yet.
+    Known losses: weight to be tuned. Its decode blocks count output too, and a block that several requests
+    share once; ours count prompts only, and such a block for each request. Credits for host, disk and shared
+    cache need tiers, which mulsched does not track. Its equal costs are drawn among; ours among the smallest
+    batches of these.
     """
     weight = at_least(overlap_weight, "overlap_weight", 0)
     heat = at_least(temperature, "temperature", 0)
@@ -67,10 +69,12 @@ def bailian(*, hit_weight: float = 0.7, batch_weight: float = 0.15, token_weight
     """The production scheduler that LMetric's paper compares with.
 
     What it does: draws a candidate with probability in proportion to ``hit_weight * hit + batch_weight *
-    (1 - batch) + token_weight * (1 - tokens)``, each min-max normalised over the candidates.
+    (1 - batch) + token_weight * (1 - tokens)``, each min-max normalised over the candidates. An indicator
+    that is equal everywhere counts for nothing, as in the authors' router; if all are, any candidate is
+    drawn (theirs takes the first).
     Intent: affinity, balance.
     Inputs: matched blocks, running, waiting, context tokens, uniform.
-    Parameters: .7, .15, .15 (the paper's defaults).
+    Parameters: .7, .15, .15 (the defaults of the authors' router, tuned for ChatBot).
     Known losses: random even where one candidate is best; min-max depends on candidates that cannot win.
     Tokens are those of prompts: outputs are not known.
     """
@@ -83,14 +87,19 @@ def bailian(*, hit_weight: float = 0.7, batch_weight: float = 0.15, token_weight
     least = np.finfo(np.float64).tiny
 
     def score(columns: Columns) -> NDArray[np.float64]:
+        # min_max of the negative is 1 - min_max, but 0 where all are equal
         desirability = (
-            weights[0] * min_max(columns.hit_tokens.astype(np.float64))
-            + weights[1] * (1 - min_max(columns.batch_size.astype(np.float64)))
-            + weights[2] * (1 - min_max(columns.context_tokens.astype(np.float64)))
+            weights[0] * min_max(columns.matched_blocks.astype(np.float64))
+            + weights[1] * min_max(-columns.batch_size.astype(np.float64))
+            + weights[2] * min_max(-columns.context_tokens.astype(np.float64))
         )
         return weighted_race(columns, np.log(np.maximum(desirability, least)))
 
-    return Policy(name="bailian", score=score, source="arXiv 2603.15202 v1, baseline Bailian")
+    return Policy(
+        name="bailian",
+        score=score,
+        source="arXiv 2603.15202 v1, baseline Bailian; blitz-serving/blitz-router, policies/bailian.rs",
+    )
 
 
 register("linear", linear)

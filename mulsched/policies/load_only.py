@@ -61,7 +61,8 @@ def vllm() -> Policy:
     Inputs: running, waiting.
     Parameters: none; the 4 is vLLM's.
     Known losses: blind to the cache and to the size of requests. Newer versions also weigh KV usage, which
-    mulsched does not know; vLLM reads counts every 100 ms where ours are current.
+    mulsched does not know; vLLM reads counts every 100 ms where ours are current. Among equals vLLM takes the
+    first from a start that rotates, ours the least recently chosen.
     """
     return Policy(
         name="vllm",
