@@ -12,6 +12,19 @@ from mulsched.errors import InvalidArgument
 from mulsched.indicators import COLUMNS, uniform_draws
 
 
+def mix(x):
+    """SplitMix64's finalizer on Python's integers."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def one_draw(seed, decision, row):
+    gamma = 0x9E3779B97F4A7C15
+    start = mix((seed + gamma * (decision + 1)) % 2**64)
+    return (mix(mix((start + gamma * (row + 1)) % 2**64)) >> 11) / 2**53
+
+
 def test_columns_are_found_by_name_and_by_attribute():
     c = make_columns(prompt=100, matched=[5, 0], running=[1, 3], queued=[7, 0], waiting=[2, 0])
     for name in COLUMNS:
@@ -33,13 +46,57 @@ def test_draws_are_a_function_of_seed_decision_and_row():
     assert abs(draws.mean() - 0.5) < 0.05
 
 
-@given(columns(min_size=2), st.data())
+def test_the_mixer_is_splitmix64():
+    # the first outputs of SplitMix64 from state 1234567, as published with the generator's test vectors
+    gamma = 0x9E3779B97F4A7C15
+    outputs = [mix((1234567 + gamma * k) % 2**64) for k in (1, 2, 3)]
+    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@given(
+    st.integers(-(2**70), 2**70),
+    st.integers(0, 2**62),
+    st.lists(st.integers(0, 2**40), min_size=1, max_size=5),
+)
+def test_draws_agree_with_the_formula_in_plain_integers(seed, decision, rows):
+    draws = uniform_draws(seed, decision, np.array(rows, dtype=np.int64))
+    assert draws.tolist() == [one_draw(seed, decision, row) for row in rows]
+    assert ((draws >= 0) & (draws < 1)).all()
+
+
+def test_draws_are_uniform_over_rows_and_over_decisions():
+    over_rows = uniform_draws(1, 0, np.arange(10_000))
+    over_decisions = np.array([uniform_draws(1, d, np.array([3]))[0] for d in range(10_000)])
+    for draws in (over_rows, over_decisions):
+        # 1000 expected in each tenth, standard deviation 30
+        assert (abs(np.histogram(draws, bins=10, range=(0, 1))[0] - 1000) < 150).all()
+        assert abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.05
+
+
+def test_a_draw_does_not_depend_on_the_other_candidates():
+    c = make_columns(running=[0] * 6, decision=4, seed=9)
+    for i, draw in enumerate(c.uniform.tolist()):
+        alone = c.take(np.arange(6) == i)
+        assert alone.uniform.tolist() == [draw]
+
+
+def test_columns_have_the_length_of_their_candidates():
+    c = make_columns(running=[1, 3, 2])
+    assert len(c) == 3
+    assert all(c[name].shape == (3,) for name in COLUMNS)
+    assert all(c[name].dtype == np.int64 for name in COLUMNS)
+
+
+@given(columns(min_size=2, now=2.5), st.data())
 def test_a_subset_keeps_every_column_of_who_is_left(c, data):
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(c), max_size=len(c))))
     part = c.take(mask)
     assert len(part) == mask.sum()
     assert list(part.instances) == [n for n, keep in zip(c.instances, mask, strict=True) if keep]
     assert (part.uniform == c.uniform[mask]).all()
+    assert (part.rows == c.rows[mask]).all()
+    for attribute in ("request", "decision", "block_size", "seed", "now"):
+        assert getattr(part, attribute) == getattr(c, attribute)
     for name in COLUMNS:
         assert (part[name] == c[name][mask]).all()
 

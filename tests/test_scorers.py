@@ -58,6 +58,9 @@ def test_a_custom_score_has_a_name_and_becomes_float():
             "weight of 'running' must be finite, got nan",
         ),
         (lambda: Linear({"running": float("inf")}), InvalidArgument, "must be finite, got inf"),
+        (lambda: Linear({"running": np.float64("nan")}), InvalidArgument, "must be finite, got nan"),
+        (lambda: Linear({"running": None}), InvalidType, "must be a number, got NoneType"),
+        (lambda: Multiplicative("running", 3), InvalidArgument, "unknown indicator 3"),
         (lambda: Linear({"running": "1"}), InvalidType, "must be a number, got str"),
         (lambda: Linear({"running": True}), InvalidType, "must be a number, got bool"),
         (lambda: Linear([("running", 1)]), InvalidType, "weights must map indicators to numbers, got list"),
@@ -68,6 +71,64 @@ def test_a_custom_score_has_a_name_and_becomes_float():
 def test_bad_scores_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_scores_say_what_they_are_made_of():
+    assert repr(Multiplicative("running", "waiting")) == "Multiplicative('running', 'waiting')"
+    assert repr(Linear({"running": 2}, normalise="max")) == "Linear({'running': 2.0}, normalise='max')"
+
+
+def test_weights_are_copied_and_may_be_numbers_of_numpy():
+    weights = {"running": np.int64(2)}
+    score = Linear(weights)
+    weights["running"] = 5
+    assert score(make_columns(running=[1, 3])).tolist() == [2, 6]
+
+
+def test_scores_leave_the_columns_alone():
+    c = make_columns(prompt=100, matched=[5, 0], running=[1, 3])
+    table = c.table.copy()
+    for score in (Multiplicative(), Linear({"running": 2.0}, normalise="min_max")):
+        assert score(c).tolist() == score(c).tolist()
+    assert (c.table == table).all()
+
+
+def test_a_product_beyond_int64_is_still_right():
+    # 10**12 * 10**6 * 10**6 = 10**24 does not fit in 64 bits
+    c = make_columns(queued=[10**12], running=[10**6], waiting=[10**6])
+    score = Multiplicative("queued_prefill_tokens", "running", "waiting")(c)
+    assert score.tolist() == pytest.approx([1e24])
+
+
+def test_a_custom_callable_object_is_named_after_its_class():
+    class ByRunning:
+        def __call__(self, c):
+            return c.running.tolist()
+
+    score = Custom(ByRunning())
+    assert score.name == "ByRunning"
+    assert score(make_columns(running=[1, 3])).tolist() == [1, 3]
+
+
+def test_min_max_of_equal_values_is_zero():
+    assert min_max(np.array([7.0, 7.0])).tolist() == [0, 0]
+    assert min_max(np.array([-3.0])).tolist() == [0]
+    assert min_max(np.array([2.0, 4.0, 3.0])).tolist() == [0, 1, 0.5]
+
+
+def test_min_max_depends_on_candidates_that_cannot_win():
+    # the loss that the class names: a third, hopeless candidate turns the choice between two around
+    score = Linear({"running": 1.0, "waiting": 1.1}, normalise="min_max")
+    two = score(make_columns(running=[0, 4], waiting=[3, 0]))
+    three = score(make_columns(running=[0, 4, 4], waiting=[3, 0, 30]))
+    assert two[1] < two[0]
+    assert three[0] < three[1] < three[2]
+
+
+def test_lexicographic_takes_keys_of_any_type():
+    assert lexicographic(np.array([True, False, False]), np.array([0.5, 0.7, 0.5])).tolist() == [2, 1, 0]
+    big = np.array([2**63 + 1, 2**63], dtype=np.uint64)
+    assert lexicographic(big).tolist() == [1, 0]
 
 
 def test_lexicographic_ranks_by_the_first_key_then_the_next():
@@ -95,3 +156,25 @@ def test_a_product_does_not_mind_the_unit(c, factor):
 
     plain, other = Multiplicative()(c), Custom(scaled)(c)
     assert np.argsort(plain, kind="stable").tolist() == np.argsort(other, kind="stable").tolist()
+
+
+@given(columns(), st.sampled_from([None, "max", "min_max"]))
+def test_a_linear_score_agrees_with_its_definition_in_a_loop(c, normalise):
+    weights = {"queued_prefill_tokens": 0.5, "batch_size": 2.0, "waiting": -1.0}
+
+    def column(name):
+        values = c[name].tolist()
+        low, high = (0, max(values)) if normalise == "max" else (min(values), max(values))
+        if normalise is None:
+            return values
+        return [(v - low) / (high - low) if high > low else 0.0 for v in values]
+
+    parts = {name: column(name) for name in weights}
+    expected = [sum(w * parts[name][i] for name, w in weights.items()) for i in range(len(c))]
+    assert Linear(weights, normalise=normalise)(c).tolist() == pytest.approx(expected)
+
+
+@given(columns())
+def test_a_product_agrees_with_its_definition_in_a_loop(c):
+    expected = [p * b for p, b in zip(c.p_tokens.tolist(), c.batch_size.tolist(), strict=True)]
+    assert Multiplicative()(c).tolist() == expected

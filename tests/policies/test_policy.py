@@ -1,12 +1,14 @@
 """Filters, scores, ties and the registry: what every policy is run by."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
-from columns import columns, make_columns
+from columns import columns, make_columns, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mulsched import policies
+from mulsched import Router, policies
 from mulsched.errors import InvalidArgument, InvalidType, NoEligibleInstance, NonFiniteScore, UnknownPolicy
 from mulsched.policies import Policy, _policy
 from mulsched.policies._policy import pick, select
@@ -45,6 +47,22 @@ def test_random_ties_reach_everyone_and_repeat_with_the_seed():
     assert chosen == again
 
 
+def test_random_ties_are_fair_and_independent_of_the_draws_of_a_score():
+    cs = [make_columns(running=[0, 0, 0], decision=d) for d in range(1500)]
+    chosen = [pick(c, np.zeros(3), "random") for c in cs]
+    # 500 expected each, standard deviation 18; likewise for agreement with the smallest draw
+    assert all(abs(count - 500) < 90 for count in Counter(chosen).values())
+    agreed = sum(i == int(np.argmin(c.uniform)) for i, c in zip(chosen, cs, strict=True))
+    assert abs(agreed - 500) < 90
+
+
+def test_random_ties_do_not_depend_on_who_lost():
+    c = make_columns(running=[0, 0, 0, 0], decision=7)
+    among_three = pick(c, np.array([0.0, 1.0, 0.0, 0.0]), "random")
+    alone = c.take(np.array([True, False, True, True]))
+    assert c.instances[among_three] == alone.instances[pick(alone, np.zeros(3), "random")]
+
+
 def test_filters_chain_and_the_score_sees_who_is_left():
     seen = []
 
@@ -67,6 +85,27 @@ def test_a_filter_that_leaves_nobody_raises():
         select(policy, make_columns(running=[1, 2]), "first")
 
 
+def test_filters_after_the_first_see_only_who_is_left():
+    seen = []
+
+    def watch(c):
+        seen.append(list(c.instances))
+        return c.running < 6
+
+    select(
+        Policy(name="p", score=zeros, filters=(watch, watch, watch)),
+        make_columns(running=[7, 5, 6]),
+        "first",
+    )
+    assert seen == [["i0", "i1", "i2"], ["i1"], ["i1"]]
+
+
+def test_a_later_filter_that_leaves_nobody_counts_who_it_saw():
+    policy = Policy(name="strict", score=zeros, filters=(lambda c: c.running > 0, lambda c: c.running > 9))
+    with pytest.raises(NoEligibleInstance, match="filter 1 of policy 'strict' left none of 2 candidates"):
+        select(policy, make_columns(running=[0, 1, 2]), "first")
+
+
 @pytest.mark.parametrize("mask", [np.array([1, 0]), np.array([True]), np.array([[True, True]])])
 def test_a_filter_must_return_a_mask(mask):
     policy = Policy(name="p", score=zeros, filters=(lambda c: mask,))
@@ -82,11 +121,47 @@ def test_a_filter_must_return_a_mask(mask):
         ([1.0], "shape \\(2,\\), got shape \\(1,\\)"),
         (1.0, "got shape \\(\\)"),
         (["a", "b"], "must return numbers"),
+        ([True, False], "must return numbers, got dtype bool"),
+        ([1j, 2], "must return numbers, got dtype complex"),
+        ([float("nan"), float("inf")], "policy 'p' gave nan for instance 'i0'; scores must be finite"),
     ],
 )
 def test_scores_must_be_finite_one_for_each(scores, message):
     with pytest.raises(NonFiniteScore, match=message):
         select(Policy(name="p", score=lambda c: np.array(scores)), make_columns(running=[1, 2]), "first")
+
+
+def test_the_message_names_the_instance_even_behind_a_filter():
+    policy = Policy(
+        name="p", score=lambda c: np.where(c.running > 4, np.nan, 0.0), filters=(lambda c: c.running > 0,)
+    )
+    with pytest.raises(NonFiniteScore, match="gave nan for instance 'i2'"):
+        select(policy, make_columns(running=[0, 1, 5]), "first")
+
+
+@pytest.mark.parametrize("scores", [[3, 1], (3.0, 1.0), np.array([3, 1], dtype=np.uint8)])
+def test_scores_may_be_any_real_numbers(scores):
+    assert select(Policy(name="p", score=lambda c: scores), make_columns(running=[0, 0]), "first")[0] == 1
+
+
+def test_negative_scores_are_compared_as_numbers():
+    policy = Policy(name="p", score=lambda c: np.array([-1.0, -2.0, 0.0]))
+    assert select(policy, make_columns(running=[0, 0, 0]), "first")[0] == 1
+
+
+def test_a_policy_hears_of_booked_decisions_only():
+    heard = []
+    policy = Policy(
+        name="p", score=zeros, on_dispatch=lambda c, position: heard.append((c.instances, position))
+    )
+    router = Router(policy=policy)
+    for instance in ("a", "b"):
+        router.add_instance(instance)
+    router.select([1, 2])
+    assert heard == []
+    router.route([1, 2], request_id=1)
+    router.dispatch(router.select([1, 2]), request_id=2)
+    assert heard == [(("a", "b"), 0), (("a", "b"), 1)]
 
 
 def test_a_policy_checks_what_it_is_made_of():
@@ -117,8 +192,21 @@ def test_bad_registrations_and_unknown_names_are_refused():
     with pytest.raises(InvalidType, match="must be callable, got str"):
         policies.register("x", "y")
     for name in ("best", None, []):
-        with pytest.raises(UnknownPolicy, match="unknown policy .*, expected one of aibrix, bailian"):
+        with pytest.raises(UnknownPolicy, match=f"expected one of {', '.join(policies.names())}$"):
             policies.get(name)
+
+
+def test_an_unknown_parameter_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'weights'"):
+        policies.get("linear", weights=0.5)
+
+
+@given(columns(), st.sampled_from(["least_recent", "first"]), st.integers(1, 4))
+def test_a_pick_agrees_with_the_rule_of_ties_in_a_loop(c, ties, kinds):
+    scores = (c.running % kinds).astype(float)
+    keys = ("batch_size", "last_chosen", "i") if ties == "least_recent" else ("i",)
+    expected = min(rows(c), key=lambda x: (scores[x["i"]], *(x[key] for key in keys)))["i"]
+    assert expected == pick(c, scores, ties)
 
 
 @given(columns(), st.sampled_from(["least_recent", "random", "first"]))
