@@ -77,25 +77,44 @@ def bench_life(benchmark, quick):
 
 
 PURE = """
-import itertools, statistics, sys, time
-sys.path.insert(0, sys.argv[2])
+import statistics, sys, time
+sys.path.insert(0, sys.argv[3])
 from bench_router import PROMPTS, composed, warm_router
-router, turn, took = warm_router(), itertools.cycle(PROMPTS), []
-for _ in range(int(sys.argv[1])):
-    prompt = next(turn)
-    start = time.perf_counter()
-    router.select(prompt)
-    took.append(time.perf_counter() - start)
-print(statistics.median(took))
+router = warm_router({"fused": "lmetric", "numpy score": composed}[sys.argv[2]])
+took = {"route": [], "select": []}
+for i in range(int(sys.argv[1])):
+    prompt = PROMPTS[i % 64]
+    for name, call in (
+        ("select", lambda: router.select(prompt)),
+        ("route", lambda: router.route(prompt, request_id=i)),
+    ):
+        start = time.perf_counter()
+        call()
+        took[name].append(time.perf_counter() - start)
+    router.finish(i)
+print(*(statistics.median(took[name]) for name in ("route", "select")))
 """
 
 
-@pytest.mark.benchmark(group="select, 8,192 tokens x 64 instances")
-def bench_select_in_pure_python(benchmark, quick):
-    """The twin is chosen at import, so it runs in a process of its own and reports its median."""
+def pure_python(benchmark, quick, score):
+    """The twin is chosen at import: run it in a process of its own; medians of route and select, us."""
     environment = os.environ | {"MULSCHED_BACKEND": "python"}
-    command = [sys.executable, "-c", PURE, "5" if quick else "200", str(Path(__file__).parent)]
+    command = [sys.executable, "-c", PURE, "5" if quick else "200", score, str(Path(__file__).parent)]
     done = benchmark.pedantic(
         lambda: subprocess.run(command, env=environment, capture_output=True, text=True, check=True), rounds=1
     )
-    benchmark.extra_info |= SIZES | {"median_us": 1e6 * float(done.stdout)}
+    return [1e6 * float(seconds) for seconds in done.stdout.split()]
+
+
+@pytest.mark.benchmark(group="route, 8,192 tokens x 64 instances")
+@pytest.mark.parametrize("score", ["fused", "numpy score"])
+def bench_route_in_pure_python(benchmark, quick, score):
+    route, _ = pure_python(benchmark, quick, score)
+    benchmark.extra_info |= SIZES | {"median_us": route}
+
+
+@pytest.mark.benchmark(group="select, 8,192 tokens x 64 instances")
+@pytest.mark.parametrize("score", ["fused", "numpy score"])
+def bench_select_in_pure_python(benchmark, quick, score):
+    _, select = pure_python(benchmark, quick, score)
+    benchmark.extra_info |= SIZES | {"median_us": select}
