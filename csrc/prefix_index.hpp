@@ -3,6 +3,7 @@
 // D: blocks in the argument, W: rows that hold a part of the path, N: nodes of the tree.
 #pragma once
 
+#include <exception>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
@@ -17,7 +18,8 @@ class PrefixIndex {
 
   void add_row(Row row, std::int64_t capacity, bool named) {
     const std::unique_lock lock(mutex_);
-    if (row >= tree_.rows().size()) tree_.rows().resize(row + 1);
+    if (row == kNone) throw std::out_of_range("no such row");
+    if (row >= tree_.rows().size()) tree_.rows().resize(std::size_t{row} + 1);
     RowState& added = tree_.rows()[row];
     added.used = true;
     added.named = named;
@@ -26,6 +28,8 @@ class PrefixIndex {
 
   void remove_row(Row row) {
     const std::unique_lock lock(mutex_);
+    state(row);
+    Change change(broken_);
     drop_everything(row);
     state(row) = RowState();
     std::vector<RowState>& rows = tree_.rows();
@@ -35,12 +39,16 @@ class PrefixIndex {
 
   void clear(Row row) {
     const std::unique_lock lock(mutex_);
+    state(row);
+    Change change(broken_);
     drop_everything(row);
   }
 
   void resize(Row row, std::int64_t capacity) {
     const std::unique_lock lock(mutex_);
+    if (capacity < 0) throw std::out_of_range("a capacity must not be negative");
     state(row).capacity = capacity;
+    Change change(broken_);
     evict(row);
     tree_.settle();
   }
@@ -49,6 +57,7 @@ class PrefixIndex {
   std::int64_t store(Row row, const Key* keys, std::size_t n_keys) {
     const std::unique_lock lock(mutex_);
     const bool bounded = state(row).bounded();
+    Change change(broken_);
     segments_.clear();
     const std::int64_t newly = hold(row, kRoot, 0, keys, n_keys);
     if (bounded) {
@@ -65,6 +74,8 @@ class PrefixIndex {
   std::int64_t store_named(Row row, bool has_parent, std::uint64_t parent, const std::uint64_t* hashes,
                            const Key* keys, std::size_t n_keys) {
     const std::unique_lock lock(mutex_);
+    state(row);
+    Change change(broken_);
     NodeId node = kRoot;
     std::uint32_t offset = 0;
     if (has_parent) {
@@ -83,6 +94,8 @@ class PrefixIndex {
   // How many names were known. O(1) a block, and the blocks that follow it on its edge.
   std::int64_t remove_named(Row row, const std::uint64_t* hashes, std::size_t n_hashes) {
     const std::unique_lock lock(mutex_);
+    state(row);
+    Change change(broken_);
     std::int64_t known = 0;
     std::vector<BlockId> dropped;
     for (std::size_t i = 0; i < n_hashes; ++i) state(row).names.prefetch(hashes[i]);
@@ -100,6 +113,7 @@ class PrefixIndex {
   std::int64_t discard(Row row, const Key* keys, std::size_t n_keys, std::size_t start) {
     const std::unique_lock lock(mutex_);
     const std::int64_t before = state(row).blocks;
+    Change change(broken_);
     NodeId node = kRoot;
     for (std::size_t at = 0; at < n_keys;) {
       node = tree_.child(node, keys[at]);
@@ -157,7 +171,7 @@ class PrefixIndex {
 
   std::string check() const {
     const std::shared_lock lock(mutex_);
-    return tree_.check();
+    return broken_ ? kBroken : tree_.check();
   }
 
   struct Edge {
@@ -197,10 +211,28 @@ class PrefixIndex {
   // Rows are checked here, before anything changes: a row that has just been removed by another thread must
   // not be touched.
   RowState& state(Row row) {
+    if (broken_) throw std::runtime_error(kBroken);
     if (row >= tree_.rows().size() || !tree_.rows()[row].used) throw std::out_of_range("no such row");
     return tree_.rows()[row];
   }
   const RowState& state(Row row) const { return const_cast<PrefixIndex*>(this)->state(row); }
+
+  static constexpr const char* kBroken = "the index is unusable after a failed allocation: make a new one";
+
+  // Marks the index as broken if an exception leaves the change half done, so that nothing walks the pieces.
+  class Change {
+   public:
+    explicit Change(bool& broken) noexcept : broken_(broken), before_(std::uncaught_exceptions()) {}
+    Change(const Change&) = delete;
+    Change& operator=(const Change&) = delete;
+    ~Change() {
+      if (std::uncaught_exceptions() > before_) broken_ = true;
+    }
+
+   private:
+    bool& broken_;
+    int before_;
+  };
 
   // A stretch of a stored path: `count` blocks of `node` from `from` on.
   struct Segment {
@@ -211,6 +243,7 @@ class PrefixIndex {
 
   void match_unlocked(const Key* keys, std::size_t n_keys, std::int64_t* out, std::size_t n_out) const noexcept {
     std::fill(out, out + n_out, 0);
+    if (broken_) return;
     NodeId id = kRoot;
     for (std::size_t at = 0; at < n_keys;) {
       id = tree_.child(id, keys[at]);
@@ -373,6 +406,7 @@ class PrefixIndex {
 
   mutable std::shared_mutex mutex_;
   PrefixTree tree_;
+  bool broken_ = false;
   std::vector<Segment> segments_;  // of the path being stored; kept to spare the allocation
 };
 

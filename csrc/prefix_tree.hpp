@@ -19,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -73,6 +74,13 @@ void append(std::vector<T>& to, const T* from, std::size_t n) {
   to.insert(to.end(), from, from + n);
 }
 
+// Cuts a vector down, and gives memory back that it will hardly need again.
+template <class T>
+void cut(std::vector<T>& v, std::size_t n) {
+  v.resize(n);
+  if (v.capacity() > 2 * n) v.shrink_to_fit();
+}
+
 inline std::uint32_t common_prefix(const Key* a, std::size_t n_a, const Key* b, std::size_t n_b) noexcept {
   const std::size_t n = std::min(n_a, n_b);
   std::size_t i = 0;
@@ -115,7 +123,7 @@ class PrefixTree {
     leaf.parent = parent;
     leaf.start = node(parent).end();
     leaf.keys.assign(keys, keys + n_keys);
-    node(parent).children.set(keys[0], id);
+    node(parent).children.set(leaf.keys[0], id);
     touch(id);
     return id;
   }
@@ -129,10 +137,10 @@ class PrefixTree {
     lower.parent = id;
     lower.start = upper.start + at;
     lower.keys.assign(upper.keys.begin() + at, upper.keys.end());
-    upper.keys.resize(at);
+    cut(upper.keys, at);
     if (!upper.ids.empty()) {
       lower.ids.assign(upper.ids.begin() + at, upper.ids.end());
-      upper.ids.resize(at);
+      cut(upper.ids, at);
       for (const BlockId id_below : lower.ids) block(id_below).node = lower_id;
     }
     lower.children = std::move(upper.children);
@@ -324,6 +332,7 @@ class PrefixTree {
 
   NodeId new_node() {
     if (free_nodes_.empty()) {
+      if ((chunks_.size() + 1) * kChunk >= kNone) throw std::length_error("more than 2^32 nodes");
       const auto first = static_cast<NodeId>(chunks_.size() * kChunk);
       chunks_.push_back(std::make_unique<Node[]>(kChunk));
       for (std::size_t i = kChunk; i-- > 0;) free_nodes_.push_back(first + static_cast<NodeId>(i));
@@ -349,6 +358,7 @@ class PrefixTree {
   BlockId new_block(NodeId id, std::uint32_t depth) {
     ++live_blocks_;
     if (free_block_ == kNone) {
+      if ((block_chunks_.size() + 1) * kChunk >= kNone - 1) throw std::length_error("more than 2^32 blocks");
       const auto first = static_cast<BlockId>(block_chunks_.size() * kChunk);
       block_chunks_.push_back(std::make_unique<Block[]>(kChunk));
       for (std::size_t i = kChunk; i-- > 0; free_block_ = first + static_cast<BlockId>(i))

@@ -28,6 +28,7 @@ from mulsched.errors import InvalidArgument, InvalidTokens, InvalidType
 cdef extern from "Python.h":
     # with borrowed references, as the loop over a prompt's tokens wants them
     PyObject** PySequence_Fast_ITEMS(object)
+    Py_ssize_t PySequence_Fast_GET_SIZE(object)
     bint PyLong_CheckExact(PyObject*)
     long PyLong_AsLongAndOverflow(PyObject*, int*)
 
@@ -148,6 +149,7 @@ cdef int convert_tokens(object items, size_t n, uint32_t* words) except -1:
     """Convert a list or tuple of n tokens; reads exact ints without a reference count."""
     cdef PyObject** tokens = PySequence_Fast_ITEMS(items)
     cdef long value  # 64 bits wherever this builds
+    cdef list copy
     cdef int overflow = 0
     cdef size_t i
     for i in range(n):
@@ -160,14 +162,19 @@ cdef int convert_tokens(object items, size_t n, uint32_t* words) except -1:
     else:
         return 0
     # From here on __index__ may run and change a list under our hands: read a copy.
-    copy = [<object> tokens[i] for i in range(n)]
+    copy = []  # making it may collect garbage, and so run code: look at the list again
+    if <size_t> PySequence_Fast_GET_SIZE(items) != n:
+        raise RuntimeError("the list of tokens changed while it was read")
+    tokens = PySequence_Fast_ITEMS(items)
+    for i in range(n):
+        copy.append(<object> tokens[i])
     for i in range(n):
         convert_token(copy[i], i, &words[i])
     return 0
 
 
 cdef object hash_sequence(object items, size_t block_size, uint64_t seed):
-    cdef size_t n = len(items)
+    cdef size_t n = <size_t> PySequence_Fast_GET_SIZE(items)  # not len(), which a subclass may override
     cdef uint32_t* words = <uint32_t*> PyMem_Malloc(n * sizeof(uint32_t))
     if words == NULL:
         raise MemoryError()
@@ -209,6 +216,8 @@ def hash_blocks(tokens, size_t block_size, uint64_t seed):
     cdef Py_buffer view
     cdef size_t n
     cdef char kind
+    if block_size < 1:
+        raise ValueError("block_size must be at least 1")
     if isinstance(tokens, (list, tuple)):
         return hash_sequence(tokens, block_size, seed)
     if not PyObject_CheckBuffer(tokens):
@@ -223,8 +232,10 @@ def hash_blocks(tokens, size_t block_size, uint64_t seed):
             raise InvalidType("tokens must be 32-bit or 64-bit native integers, got buffer format "
                               f"{'B' if view.format == NULL else view.format.decode()!r}")
         n = <size_t> view.shape[0]
-        if n > 0 and view.strides[0] != view.itemsize:
-            return hash_blocks(np.ascontiguousarray(tokens), block_size, seed)
+        # some exporters (ctypes) give no strides for what is contiguous
+        if n > 0 and ((view.strides != NULL and view.strides[0] != view.itemsize)
+                      or <size_t> view.buf % <size_t> view.itemsize != 0):
+            return hash_blocks(np.require(np.asarray(tokens), requirements="CA"), block_size, seed)
         if view.itemsize == 4:
             if kind == c"i":
                 return hash_words[int32_t](<int32_t*> view.buf, n, block_size, seed)
@@ -254,6 +265,8 @@ cdef char integer_kind(const Py_buffer* view) noexcept:
 
 def hash_text_blocks(str text, Py_ssize_t block_chars, uint64_t seed):
     """Return the key of each whole block of characters; see ``mulsched.text_block_keys``."""
+    if block_chars < 1:
+        raise ValueError("block_chars must be at least 1")
     cdef bytes encoded = text.encode()
     cdef const unsigned char* start = encoded
     cdef const unsigned char* at = start
@@ -292,8 +305,9 @@ cdef class Words:
 
 cdef Words words_of(object array, int flags=PyBUF_SIMPLE, int ndim=1):
     cdef Words words = Words.__new__(Words)
-    PyObject_GetBuffer(array, &words.view, flags | PyBUF_ND)
-    if words.view.itemsize != 8 or words.view.ndim != ndim:
+    PyObject_GetBuffer(array, &words.view, flags | PyBUF_ND | PyBUF_FORMAT)
+    if (words.view.itemsize != 8 or words.view.ndim != ndim
+            or (words.view.format != NULL and words.view.format[0] == c"O")):
         raise ValueError(f"expected {ndim} dimensions of 8-byte items, "
                          f"got {words.view.ndim} of {words.view.itemsize} bytes")
     return words
@@ -327,10 +341,12 @@ cdef class PrefixIndex:
         cdef const uint64_t* blocks = <const uint64_t*> path.view.buf
         cdef size_t n = path.length()
         cdef int64_t newly
+        cdef vector[uint64_t] copied
         if n <= STORE_BLOCKS_WITH_GIL:
             return self.index.get().store(row, blocks, n)
+        copied.assign(blocks, blocks + n)  # without the GIL others may write to the caller's buffer
         with nogil:
-            newly = self.index.get().store(row, blocks, n)
+            newly = self.index.get().store(row, copied.data(), n)
         return newly
 
     def store_named(self, uint32_t row, parent, hashes, keys):
@@ -344,10 +360,14 @@ cdef class PrefixIndex:
         cdef uint64_t parent_hash = parent if has_parent else 0
         if named.length() != n:
             raise ValueError(f"{n} keys need as many hashes, got {named.length()}")
+        cdef vector[uint64_t] copied
         if n <= STORE_BLOCKS_WITH_GIL:
             return self.index.get().store_named(row, has_parent, parent_hash, names, blocks, n)
+        copied.assign(blocks, blocks + n)
+        copied.insert(copied.end(), names, names + n)
         with nogil:
-            newly = self.index.get().store_named(row, has_parent, parent_hash, names, blocks, n)
+            newly = self.index.get().store_named(
+                row, has_parent, parent_hash, copied.data() + n, copied.data(), n)
         return newly
 
     def remove_named(self, uint32_t row, hashes):
@@ -424,6 +444,7 @@ cdef class FusedScore:
     cdef CFusedScore score
 
     def __cinit__(self, columns, weights):
+        columns, weights = tuple(columns), None if weights is None else tuple(weights)
         if not columns or (weights is not None and len(weights) != len(columns)):
             raise ValueError("one weight for each of at least one column expected")
         for column in columns:

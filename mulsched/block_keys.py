@@ -38,6 +38,8 @@ def _check_positive(value: Any, name: str) -> int:
         raise InvalidType(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise InvalidArgument(f"{name} must be at least 1, got {value}")
+    if value >= 2**63:
+        raise InvalidArgument(f"{name} must be below 2**63, got {value}")
     return int(value)
 
 
@@ -116,7 +118,8 @@ def text_block_keys(
         raise InvalidType(f"text must be a str, got {type(text).__name__}")
     size = _check_positive(block_chars, "block_chars")
     try:
-        return hash_text_blocks(text, size, namespace_seed(namespace, seed))
+        # the exact str of a subclass, whatever the subclass does
+        return hash_text_blocks(str.__str__(text), size, namespace_seed(namespace, seed))
     except UnicodeEncodeError as error:
         raise InvalidArgument(f"text must be valid Unicode, got a lone surrogate at {error.start}") from None
 

@@ -104,8 +104,9 @@ def as_keys(keys: Any, name: str = "keys") -> Keys:
 
     Raises InvalidType for anything but integers, InvalidArgument for another shape or out of 64 bits.
     """
-    if type(keys) is np.ndarray and keys.dtype == np.uint64 and keys.ndim == 1 and keys.flags.c_contiguous:
-        return keys
+    if type(keys) is np.ndarray and keys.dtype == np.uint64 and keys.ndim == 1:
+        flags = keys.flags
+        return keys if flags.c_contiguous and flags.aligned else np.require(keys, requirements=("C", "A"))
     if isinstance(keys, str | bytes) or not isinstance(keys, Iterable):
         raise InvalidType(f"{name} must be a sequence of 64-bit integers, got {type(keys).__name__}")
     array = keys if isinstance(keys, np.ndarray) else np.array(list(keys), dtype=object)
@@ -124,7 +125,7 @@ def as_keys(keys: Any, name: str = "keys") -> Keys:
     elif array.dtype.kind == "i" and array.size and array.min() < 0:
         position = int(np.argmax(array < 0))
         raise InvalidArgument(f"{name} must lie in 0..2**64-1, got {array[position]} at position {position}")
-    return np.ascontiguousarray(array, dtype=np.uint64)
+    return np.require(array, np.uint64, ("C", "A"))
 
 
 def as_hashes(hashes: Sequence[EngineHash] | NDArray[np.uint64]) -> Keys:
@@ -139,8 +140,9 @@ def as_hashes(hashes: Sequence[EngineHash] | NDArray[np.uint64]) -> Keys:
 def _as_capacity(capacity_blocks: Any) -> int:
     if isinstance(capacity_blocks, bool) or not isinstance(capacity_blocks, int | np.integer):
         raise InvalidType(f"capacity_blocks must be an int, got {type(capacity_blocks).__name__}")
-    if capacity_blocks < 1:
-        raise InvalidArgument(f"capacity_blocks must be at least 1, got {capacity_blocks}")
+    if not 1 <= capacity_blocks < 2**63:
+        wanted = "at least 1" if capacity_blocks < 1 else "below 2**63"
+        raise InvalidArgument(f"capacity_blocks must be {wanted}, got {capacity_blocks}")
     return int(capacity_blocks)
 
 
@@ -180,7 +182,7 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._tree = _new_backend()
         # Names and tree change together: one writer at a time. Readers need only the tree's own lock.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer that runs meanwhile may come back
         self._rows: dict[str, int] = {}
         self._names: list[str | None] = []
         self._kind: dict[str, str] = {}
@@ -293,21 +295,21 @@ class PrefixIndex:
         Raises UnknownInstance, UnknownBlock (the instance holds no block named ``parent``), InvalidType,
         InvalidArgument (hashes missing, superfluous, or not as many as keys).
         """
+        # the caller's iterables run before the lock is taken: they may use this index themselves
+        path = as_keys(keys)
+        hashes = None if engine_hashes is None else as_hashes(engine_hashes)
+        after = None if parent is None else engine_hash(parent)
         with self._lock:
             row = self.row(instance)
-            path = as_keys(keys)
             if self._kind[instance] != "named":
-                if engine_hashes is not None or parent is not None:
+                if hashes is not None or after is not None:
                     raise InvalidArgument(f"instance {instance!r} was added without engine_hashes=True")
                 return self._tree.store(row, path)
-            if engine_hashes is None:
+            if hashes is None:
                 raise InvalidArgument(f"instance {instance!r} needs engine_hashes, one for each of the keys")
-            hashes = as_hashes(engine_hashes)
             if len(hashes) != len(path):
                 raise InvalidArgument(f"{len(path)} keys need as many engine_hashes, got {len(hashes)}")
-            stored = self._tree.store_named(
-                row, None if parent is None else engine_hash(parent), hashes, path
-            )
+            stored = self._tree.store_named(row, after, hashes, path)
             if stored == UNKNOWN_PARENT:
                 raise UnknownBlock(f"instance {instance!r} holds no block with engine hash {parent!r}")
             return stored
@@ -319,9 +321,9 @@ class PrefixIndex:
         the index never learned of. Does not cascade. O(1) per block, plus the split that it causes.
         Raises UnknownInstance, InvalidType, InvalidArgument.
         """
+        hashes = as_hashes(engine_hashes)
         with self._lock:
             row = self._row_of(instance, "named")
-            hashes = as_hashes(engine_hashes)
             known = self._tree.remove_named(row, hashes)
             self.removed_unknown += len(hashes) - known
             return known
@@ -332,15 +334,15 @@ class PrefixIndex:
         For instances without engine hashes. Does not cascade to blocks beyond ``keys``. O(D + W).
         Raises UnknownInstance, InvalidType, InvalidArgument.
         """
+        path = as_keys(keys)
+        if isinstance(start, bool) or not isinstance(start, int | np.integer):
+            raise InvalidType(f"start must be an int, got {type(start).__name__}")
+        if start < 0:
+            raise InvalidArgument(f"start must be at least 0, got {start}")
         with self._lock:
             row = self.row(instance)
             if self._kind[instance] == "named":
                 raise InvalidArgument(f"instance {instance!r} is named: use remove() with engine hashes")
-            path = as_keys(keys)
-            if isinstance(start, bool) or not isinstance(start, int | np.integer):
-                raise InvalidType(f"start must be an int, got {type(start).__name__}")
-            if start < 0:
-                raise InvalidArgument(f"start must be at least 0, got {start}")
             return self._tree.discard(row, path, min(int(start), len(path)))
 
     def clear(self, instance: str) -> None:
@@ -362,8 +364,10 @@ class PrefixIndex:
 
     def match_by_instance(self, keys: Keys) -> dict[str, int]:
         """Return ``match`` as a dict from instance to matched blocks."""
-        matched = self.match(keys)
-        return {instance: int(matched[row]) for instance, row in self._rows.items()}
+        path = as_keys(keys)
+        with self._lock:
+            matched = self.match(path)
+            return {instance: int(matched[row]) for instance, row in self._rows.items()}
 
     def blocks(self, instance: str) -> int:
         """Return how many blocks the instance holds. O(1). Raises UnknownInstance."""

@@ -100,8 +100,9 @@ class Router:
     ) -> None:
         if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer):
             raise InvalidType(f"block_size must be an int, got {type(block_size).__name__}")
-        if block_size < 1:
-            raise InvalidArgument(f"block_size must be at least 1, got {block_size}")
+        if not 1 <= block_size < 2**63:
+            wanted = "at least 1" if block_size < 1 else "below 2**63"
+            raise InvalidArgument(f"block_size must be {wanted}, got {block_size}")
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
             raise InvalidType(f"seed must be an int, got {type(seed).__name__}")
         if ties not in (None, "least_recent", "random", "first"):
@@ -317,7 +318,7 @@ class Router:
         return length
 
     def _check_path(self, keys: Keys, prompt_tokens: int) -> Keys:
-        path = as_keys(keys)
+        path = as_keys(keys).copy()  # a booking keeps them; the caller may use the array again
         if isinstance(prompt_tokens, bool) or not isinstance(prompt_tokens, int | np.integer):
             raise InvalidType(f"prompt_tokens must be an int, got {type(prompt_tokens).__name__}")
         if prompt_tokens < 1:

@@ -1,6 +1,7 @@
 """Block keys: the hash, the conversions, namespaces. Both twins, and the xxhash package as the judge."""
 
 import array
+import ctypes
 import random
 
 import numpy as np
@@ -307,3 +308,49 @@ def test_the_twins_refuse_in_the_same_words(tokens):
             twin(name).hash_blocks(tokens, 1, 0)
         said.add((caught.type, str(caught.value)))
     assert len(said) == 1
+
+
+# -- odd callers ----------------------------------------------------------------------------------------------
+
+
+def test_buffers_without_strides_and_unaligned_ones_are_read(hashing):
+    words = (ctypes.c_uint32 * 10)(*TOKENS)
+    assert hashing.hash_blocks(words, 4, 99).tolist() == judge(TOKENS, 4, 99)
+    for dtype in (np.int32, np.int64):
+        shifted = bytearray(1) + np.array(TOKENS, dtype=dtype).tobytes()
+        view = np.frombuffer(shifted, dtype=dtype, offset=1)
+        assert hashing.hash_blocks(view, 4, 99).tolist() == judge(TOKENS, 4, 99)
+
+
+def test_a_list_that_lies_about_its_length_is_read_as_long_as_it_is(hashing):
+    class Liar(list):
+        def __len__(self):
+            return 3
+
+    assert hashing.hash_blocks(Liar(TOKENS), 5, 1).tolist() == judge(TOKENS, 5, 1)
+
+
+def test_tokens_that_shrink_their_list_while_read_do_no_harm(hashing):
+    class Shrinking:
+        def __init__(self, owner):
+            self.owner = owner
+
+        def __index__(self):
+            self.owner.clear()
+            return 7
+
+    tokens = [1, 2, 3]
+    tokens.append(Shrinking(tokens))
+    assert hashing.hash_blocks(tokens, 4, 0).tolist() == judge([1, 2, 3, 7], 4, 0)
+
+
+def test_subclasses_of_str_are_text():
+    assert text_block_keys(np.str_("abcd"), 2).tolist() == text_block_keys("abcd", 2).tolist()
+
+
+@pytest.mark.parametrize("size", [2**63, 2**64, 10**30])
+def test_sizes_beyond_63_bits_are_refused(size):
+    with pytest.raises(InvalidArgument, match=r"block_size must be below 2\*\*63"):
+        block_keys([1, 2], size)
+    with pytest.raises(InvalidArgument, match=r"block_chars must be below 2\*\*63"):
+        text_block_keys("ab", size)

@@ -783,3 +783,57 @@ def test_threads_see_and_leave_only_whole_states(index):
     assert run_together(lambda: write("a"), lambda: write("b"), read, read) == []
     assert seen <= {50}
     index.check()
+
+
+def test_a_capacity_beyond_63_bits_is_refused_and_loses_no_row(index):
+    index.add_instance("a", capacity_blocks=5)
+    index.add_instance("b")
+    index.remove_instance("b")
+    for call in (index.add_instance, index.reset, index.resize):
+        name = "c" if call == index.add_instance else "a"
+        with pytest.raises(InvalidArgument, match=r"capacity_blocks must be below 2\*\*63"):
+            call(name, capacity_blocks=2**63)
+    assert index.add_instance("c") == 1
+    assert index.store("a", path(1)) == 1
+
+
+def test_keys_that_ask_the_index_while_they_are_read_do_not_hang(index):
+    index.add_instance("a")
+    assert index.store("a", (index.blocks("a") + i for i in range(3))) == 3
+
+
+def test_a_prompt_that_grows_by_turns_does_not_keep_every_length_of_it(index):
+    index.add_instance("a")
+    keys = np.arange(2000, dtype=np.uint64)
+    index.store("a", keys)
+    for at in range(1, 2000, 10):
+        index.store("a", np.append(keys[:at], np.uint64(10_000 + at)))
+    assert index.memory()["edges"] < 2200 * 8 * 12
+
+
+def test_unaligned_keys_are_keys(index):
+    index.add_instance("a")
+    raw = bytearray(1) + path(5, 6, 7).tobytes()
+    index.store("a", np.frombuffer(raw, dtype=np.uint64, offset=1))
+    assert index.match_by_instance(path(5, 6, 7)) == {"a": 3}
+
+
+def test_questions_by_name_are_safe_beside_changes(index):
+    errors, done = [], threading.Event()
+
+    def ask():
+        while not done.is_set():
+            try:
+                index.match_by_instance(path(1, 2))
+            except Exception as error:
+                errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for _ in range(300):
+        index.add_instance("x")
+        index.store("x", path(1))
+        index.remove_instance("x")
+    done.set()
+    asking.join()
+    assert errors == []

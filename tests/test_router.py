@@ -154,6 +154,15 @@ def test_text_and_keys_have_their_own_doors():
     assert r.select(PROMPT).hit_tokens == r.select_keys(keys, prompt_tokens=100).hit_tokens == 96
 
 
+def test_a_callers_array_of_keys_may_be_used_again():
+    r = router("a", in_flight="cached")
+    keys = block_keys(PROMPT, 4)
+    r.route_keys(keys, prompt_tokens=100, request_id=1)
+    keys[:] = 0
+    r.first_token(1)
+    assert r.select(PROMPT).hit_tokens == 96
+
+
 def test_namespaces_do_not_share_prefixes():
     r = router()
     serve(r, PROMPT, 1, namespace=Namespace(lora="x"))
