@@ -1,15 +1,28 @@
-// Stress test of the native core without Python: random operations against sets of prefixes, then readers
-// beside a writer. Built by CI with -fsanitize=address,undefined and with -fsanitize=thread.
+// Stress test of the native core without Python: random operations against sets of prefixes, readers beside
+// a writer, and allocations that fail. Built by CI with -fsanitize=address,undefined and with -fsanitize=thread.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <new>
 #include <random>
 #include <set>
 #include <thread>
 
 #include "select.hpp"
 #include "xxh3.hpp"
+
+// How many allocations of this thread succeed before one fails; negative: all.
+static thread_local long allocations_left = -1;
+
+// noinline: GCC warns of a mismatch where it inlines one side of the pair
+[[gnu::noinline]] void* operator new(std::size_t size) {
+  if (allocations_left >= 0 && allocations_left-- == 0) throw std::bad_alloc();
+  if (void* memory = std::malloc(size == 0 ? 1 : size)) return memory;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -186,6 +199,43 @@ void readers_and_a_writer() {
   require(index.check().empty(), "broken after readers and a writer");
 }
 
+// Lets the nth allocation of a change fail, for every n: the index must be whole, or say that it is not and
+// do no harm. Returns how many changes failed.
+int failing_allocations() {
+  int failed = 0;
+  for (long n = 0; n < 60; ++n) {
+    PrefixIndex index;
+    index.add_row(0, -1, true);
+    index.add_row(1, 40, false);
+    Path path(50);
+    for (std::size_t i = 0; i < path.size(); ++i) path[i] = i;
+    Path other = path;
+    for (std::size_t i = 20; i < path.size(); ++i) other[i] = 100 + i;
+    index.store_named(0, false, 0, path.data(), path.data(), path.size());
+    index.store(1, other.data(), other.size());
+    allocations_left = n;
+    try {
+      index.store_named(0, true, 9, other.data() + 20, other.data() + 20, 30);
+      index.remove_named(0, path.data() + 15, 10);
+      index.store(1, path.data(), path.size());
+      index.discard(1, path.data(), path.size(), 5);
+    } catch (const std::bad_alloc&) {
+      ++failed;
+    }
+    allocations_left = -1;
+    std::int64_t matched[2];
+    index.match(path.data(), path.size(), matched, 2);
+    if (index.check().empty()) continue;
+    require(matched[0] == 0 && matched[1] == 0, "a broken index matches");
+    try {
+      index.store(1, path.data(), path.size());
+      require(false, "a broken index takes changes");
+    } catch (const std::runtime_error&) {
+    }
+  }
+  return failed;
+}
+
 // Reads every length that takes another path through the hash, at odd addresses.
 void hash_all_lengths() {
   std::vector<unsigned char> bytes(2200, 0x5A);
@@ -205,5 +255,7 @@ int main(int argc, char** argv) {
   hash_all_lengths();
   for (int round = 0; round < rounds; ++round) against_model(static_cast<std::uint64_t>(round), 400);
   readers_and_a_writer();
-  std::printf("stress: %d rounds agree with the model\n", rounds);
+  const int failed = failing_allocations();
+  require(failed > 10, "no allocation failed");
+  std::printf("stress: %d rounds agree with the model, %d failed changes did no harm\n", rounds, failed);
 }
