@@ -35,7 +35,7 @@ def records(results: Sequence[ReplayResult]) -> list[dict[str, object]]:
     """Return one flat record per result: what was replayed, and the figures of ``summary()``."""
     return [
         {name: getattr(result, attribute) for name, attribute in _LABELS}
-        | {"requests": len(result.arrival_s)}
+        | {"policy": result.label, "requests": len(result.arrival_s)}
         | result.summary()
         for result in results
     ]
@@ -97,7 +97,7 @@ def print_table(results: Sequence[ReplayResult], noise: dict[str, float] | None,
             for q in ("mean", "p50", "p95", "p99")
         ]
         table.add_row(
-            result.policy,
+            result.label,
             *times,
             f"{figures['requests_per_s']:.2f}",
             f"{figures['output_tokens_per_s']:.0f}",
@@ -109,5 +109,5 @@ def print_table(results: Sequence[ReplayResult], noise: dict[str, float] | None,
     Console(file=out, width=200).print(table)
     if noise is not None:
         moved = ", ".join(f"{name.removesuffix('_s')} {value:.1%}" for name, value in noise.items())
-        print(f"Noise floor: {first.policy} with other ties and seed moves {moved}.", file=out)
+        print(f"Noise floor: {first.label} with other ties and seed moves {moved}.", file=out)
     print(PUBLISHED_NOISE, file=out)

@@ -6,7 +6,7 @@ and of changes in the cache, as an engine's response stream and KV events would.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -46,6 +46,7 @@ class ReplayResult:
     trace: str
     synthetic: bool
     policy: str
+    parameters: Mapping[str, Any]
     profile: str
     seed: int
     ties: str
@@ -62,6 +63,12 @@ class ReplayResult:
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     preemptions: int
+
+    @property
+    def label(self) -> str:
+        """The policy and the parameters it was given, as in ``linear(weight=0.5)``."""
+        given = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
+        return f"{self.policy}({given})" if given else self.policy
 
     @property
     def ttft_s(self) -> NDArray[np.float64]:
@@ -207,6 +214,7 @@ def replay(
     trace: Trace,
     policy: str | Policy,
     *,
+    parameters: Mapping[str, Any] | None = None,
     profile: Profile,
     instances: int = 16,
     kv_blocks: int | None = None,
@@ -218,13 +226,17 @@ def replay(
 ) -> ReplayResult:
     """Replay a trace under one policy and return what happened to each request.
 
-    ``kv_blocks`` replaces the profile's. ``cache_source``: the router learns of caches from the engines'
+    ``parameters`` are keywords of the factory of a policy given by name. ``kv_blocks`` replaces the
+    profile's. ``cache_source``: the router learns of caches from the engines'
     events, or predicts them. ``loop``: requests arrive by the trace's times, or (closed) a follow-up arrives
     its think time after the end of the request before it. ``progress(done, all)`` is called now and then.
     Deterministic: the same arguments give the same result.
 
     Raises UnknownPolicy, InvalidArgument (among others: a request that no engine can hold).
     """
+    given = dict(parameters or {})
+    if given and not isinstance(policy, str):
+        raise InvalidArgument(f"parameters {given} go with a policy's name, got a Policy")
     blocks = profile.kv_blocks if kv_blocks is None else kv_blocks
     if instances < 1 or blocks < 1:
         raise InvalidArgument(f"instances and kv_blocks must be at least 1, got {instances} and {blocks}")
@@ -238,7 +250,7 @@ def replay(
             f"{trace.name} has a request of {longest} tokens, an engine holds {blocks * profile.block_size}: "
             "raise kv_blocks or limit prompts"
         )
-    chosen = get(policy) if isinstance(policy, str) else policy
+    chosen = get(policy, **given) if isinstance(policy, str) else policy
     router = Router(block_size=profile.block_size, policy=chosen, seed=seed, ties=ties)
     for i in range(instances):
         router.add_instance(f"instance-{i}", cache_blocks=blocks if cache_source == "predicted" else None)
@@ -255,6 +267,7 @@ def replay(
         trace=trace.name,
         synthetic=trace.synthetic,
         policy=chosen.name,
+        parameters=given,
         profile=profile.name,
         seed=seed,
         ties=ties or chosen.ties,

@@ -65,6 +65,18 @@ def test_the_cache_pays(chat):
     assert by_name["lmetric"]["ttft_mean_s"] < by_name["round_robin"]["ttft_mean_s"]
 
 
+def test_parameters_reach_the_policy_and_its_label(chat):
+    cache_only = run(chat, "linear", parameters={"weight": 1.0})
+    load_only = run(chat, "linear", parameters={"weight": 0.0})
+    assert cache_only.label == "linear(weight=1.0)"
+    assert cache_only.summary()["hit_ratio"] > load_only.summary()["hit_ratio"]
+
+
+def test_parameters_beside_a_policy_object_are_refused(chat):
+    with pytest.raises(InvalidArgument, match="go with a policy's name"):
+        run(chat, policies.get("linear"), parameters={"weight": 1.0})
+
+
 def test_round_robin_spreads_evenly(chat):
     counts = np.bincount(run(chat, "round_robin").instance)
     assert counts.max() - counts.min() <= 1
