@@ -11,13 +11,14 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 # The order is part of the digest; tests/test_build.py computes it again from the checkout.
-SOURCES = sorted([*ROOT.glob("csrc/*.hpp"), ROOT / "mulsched" / "_native.pyx"])
+MODULES = ("mulsched._native", "mulsched.replay._native")
+SOURCES = sorted([*ROOT.glob("csrc/*.hpp"), *(ROOT / f"{name.replace('.', '/')}.pyx" for name in MODULES)])
 
 
 def source_digest() -> str:
     digest = sha256()
     for path in SOURCES:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -43,15 +44,18 @@ def extensions() -> list[Extension]:
     # -ffp-contract=off: a fused multiply-add would round once where numpy rounds twice, and the native
     # scores must equal the composed ones bit for bit.
     flags = ["-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    native = Extension(
-        "mulsched._native",
-        sources=["mulsched/_native.pyx"],
-        depends=[str(path.relative_to(ROOT)) for path in SOURCES],
-        include_dirs=["csrc"],
-        language="c++",
-        define_macros=[("MULSCHED_SOURCE_DIGEST", f'"{source_digest()}"')],
-        extra_compile_args=[*flags, *(["-O1", "-g"] if debug else ["-O3", "-g0"])],
-    )
+    modules = [
+        Extension(
+            name,
+            sources=[f"{name.replace('.', '/')}.pyx"],
+            depends=[str(path.relative_to(ROOT)) for path in SOURCES],
+            include_dirs=["csrc"],
+            language="c++",
+            define_macros=[("MULSCHED_SOURCE_DIGEST", f'"{source_digest()}"')],
+            extra_compile_args=[*flags, *(["-O1", "-g"] if debug else ["-O3", "-g0"])],
+        )
+        for name in MODULES
+    ]
     directives = {
         "language_level": 3,
         "boundscheck": debug,
@@ -60,7 +64,7 @@ def extensions() -> list[Extension]:
         "cdivision": True,
         "embedsignature": False,
     }
-    return cythonize([native], compiler_directives=directives, build_dir="build/cython")
+    return cythonize(modules, compiler_directives=directives, build_dir="build/cython")
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

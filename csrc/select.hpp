@@ -78,14 +78,40 @@ struct FusedScore {
   std::vector<double> weights;
 };
 
-inline constexpr std::ptrdiff_t kNotFinite = -1;
+// Who wins among equal scores; see mulsched.policies.Policy.
+enum class Ties { kLeastRecent, kRandom, kFirst };
 
-// Scores the n candidates of a filled table and returns the position of the smallest score; among equals
-// that of the smallest batch, then the least recently chosen, then the first. kNotFinite if a score is not.
-inline std::ptrdiff_t score_and_pick(const FusedScore& score, const std::int64_t* table, std::size_t n,
+// Finalizer of SplitMix64 (Steele, Lea, Flood 2014).
+inline std::uint64_t split_mix(std::uint64_t x) noexcept {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+  return x ^ (x >> 31);
+}
+
+// mulsched.indicators.uniform_draws for one row.
+inline double uniform(std::uint64_t seed, std::int64_t decision, std::int64_t row) noexcept {
+  constexpr std::uint64_t kGamma = 0x9E3779B97F4A7C15;
+  const std::uint64_t start = split_mix(seed + kGamma * (static_cast<std::uint64_t>(decision) + 1));
+  const std::uint64_t bits = split_mix(split_mix(start + kGamma * (static_cast<std::uint64_t>(row) + 1)));
+  return static_cast<double>(bits >> 11) * 0x1p-53;
+}
+
+inline constexpr std::ptrdiff_t kNotFinite = -1;
+inline constexpr std::uint64_t kTieSalt = 0x74696573;  // "ties", as in mulsched/policies/_policy.py
+
+// Scores the n candidates of a filled table and returns the position of the smallest score, or kNotFinite.
+// Equal scores go to the first candidate, or else to the smallest batch and then to the least recently
+// chosen or the smallest draw.
+inline std::ptrdiff_t score_and_pick(const FusedScore& score, Ties ties, std::uint64_t seed, std::int64_t decision,
+                                     const std::int64_t* rows, const std::int64_t* table, std::size_t n,
                                      double* scores) noexcept {
   const std::int64_t* batch = table + kBatchSize * n;
   const std::int64_t* last_chosen = table + kLastChosen * n;
+  const auto before = [&](std::size_t a, std::size_t b) {
+    if (batch[a] != batch[b]) return batch[a] < batch[b];
+    if (ties == Ties::kLeastRecent) return last_chosen[a] < last_chosen[b];
+    return uniform(seed ^ kTieSalt, decision, rows[a]) < uniform(seed ^ kTieSalt, decision, rows[b]);
+  };
   std::size_t best = 0;
   for (std::size_t i = 0; i < n; ++i) {
     double value;
@@ -100,10 +126,7 @@ inline std::ptrdiff_t score_and_pick(const FusedScore& score, const std::int64_t
     }
     if (!std::isfinite(value)) return kNotFinite;
     scores[i] = value;
-    if (value > scores[best]) continue;
-    if (value < scores[best] || batch[i] < batch[best] ||
-        (batch[i] == batch[best] && last_chosen[i] < last_chosen[best]))
-      best = i;
+    if (value < scores[best] || (value == scores[best] && ties != Ties::kFirst && before(i, best))) best = i;
   }
   return static_cast<std::ptrdiff_t>(best);
 }

@@ -38,7 +38,9 @@ class PrefixIndex:
 
 @disjoint_base
 class FusedScore:
-    def __new__(cls, columns: Sequence[int], weights: Sequence[float] | None) -> FusedScore: ...
+    def __new__(
+        cls, columns: Sequence[int], weights: Sequence[float], ties: str, seed: int
+    ) -> FusedScore: ...
 
 def fill_columns(
     index: Backend,
@@ -61,4 +63,5 @@ def select(
     out: NDArray[np.int64],
     scores: NDArray[np.float64],
     score: FusedScore,
+    decision: int,
 ) -> int: ...

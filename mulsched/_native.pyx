@@ -90,8 +90,12 @@ cdef extern from "select.hpp" namespace "mulsched" nogil:
     void c_fill_columns "mulsched::fill_columns"(
         const CPrefixIndex&, const CPrefixIndex*, const uint64_t*, size_t, int64_t, int64_t,
         const int64_t*, size_t, const CLoadView&, int64_t*) except +
+    enum class Ties "mulsched::Ties":
+        kLeastRecent, kRandom, kFirst
+
     Py_ssize_t c_score_and_pick "mulsched::score_and_pick"(
-        const CFusedScore&, const int64_t*, size_t, double*) noexcept
+        const CFusedScore&, Ties, uint64_t, int64_t, const int64_t*, const int64_t*, size_t,
+        double*) noexcept
 
 SOURCE_DIGEST = (<bytes> MULSCHED_SOURCE_DIGEST).decode()
 """Digest of the sources this module was built from; tests/test_build.py compares it with the checkout."""
@@ -436,23 +440,28 @@ cdef class PrefixIndex:
 # -- columns and the fused pick -------------------------------------------------------------------------
 
 cdef class FusedScore:
-    """A score the core computes itself: a product of columns, or their sum with weights.
+    """A score the core computes itself, and who wins among equals.
 
-    ``columns`` are positions in ``mulsched.indicators.COLUMNS``; ``weights`` is None for a product.
+    ``columns`` are positions in ``mulsched.indicators.COLUMNS``; with ``weights`` their sum is taken,
+    without their product. ``ties`` and ``seed`` as in ``mulsched.Router``.
     """
 
     cdef CFusedScore score
+    cdef Ties ties
+    cdef uint64_t seed
 
-    def __cinit__(self, columns, weights):
-        columns, weights = tuple(columns), None if weights is None else tuple(weights)
-        if not columns or (weights is not None and len(weights) != len(columns)):
+    def __cinit__(self, columns, weights, ties, seed):
+        columns, weights = tuple(columns), tuple(weights)
+        if not columns or (weights and len(weights) != len(columns)):
             raise ValueError("one weight for each of at least one column expected")
         for column in columns:
             if not 0 <= column < kColumns:
                 raise ValueError(f"no column {column}")
             self.score.columns.push_back(column)
-        for weight in weights or ():
+        for weight in weights:
             self.score.weights.push_back(weight)
+        self.ties = {"least_recent": Ties.kLeastRecent, "random": Ties.kRandom, "first": Ties.kFirst}[ties]
+        self.seed = seed % 2**64
 
 
 cdef int64_t* fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_t prompt_tokens,
@@ -490,7 +499,7 @@ def fill_columns(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_
 
 
 def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
-           int64_t block_size, rows, load, out, scores, FusedScore score not None):
+           int64_t block_size, rows, load, out, scores, FusedScore score not None, int64_t decision):
     """Fill ``out`` and ``scores``; return the position of the pick, or -1 if a score is not finite."""
     cdef Words candidates = words_of(rows), values = words_of(scores, PyBUF_WRITABLE)
     cdef Words columns = words_of(out, PyBUF_WRITABLE, 2)
@@ -498,4 +507,5 @@ def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prom
         index, in_flight, keys, prompt_tokens, block_size, candidates, load, columns)
     if values.length() != candidates.length():
         raise ValueError(f"{candidates.length()} candidates need as many scores, got {values.length()}")
-    return c_score_and_pick(score.score, table, candidates.length(), <double*> values.view.buf)
+    return c_score_and_pick(score.score, score.ties, score.seed, decision, <const int64_t*> candidates.view.buf,
+                            table, candidates.length(), <double*> values.view.buf)

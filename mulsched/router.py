@@ -25,7 +25,7 @@ from mulsched.load import Booking, LoadTable, check_now
 from mulsched.policies import Policy, Ties
 from mulsched.policies._policy import select as select_composed
 from mulsched.prefix_index import PrefixIndex, as_hashes, as_keys
-from mulsched.scorers import Custom, Linear, Multiplicative
+from mulsched.scorers import Custom, Linear, Multiplicative, native_form
 from mulsched.types import (
     BlockRemoved,
     BlockStored,
@@ -59,16 +59,12 @@ def _policy(policy: PolicyLike) -> Policy:
     raise InvalidType(f"policy must be a name, a Policy or a callable on columns, got {policy!r}")
 
 
-def _fused(policy: Policy, ties: Ties) -> "FusedScore | None":
+def _fused(policy: Policy, ties: Ties, seed: int) -> "FusedScore | None":
     """The native form of the policy, if the core can compute it whole."""
-    score = policy.score
-    if BACKEND != "native" or policy.filters or ties != "least_recent":
+    form = native_form(policy.score)
+    if BACKEND != "native" or policy.filters or form is None:
         return None
-    if type(score) is Multiplicative:
-        return FusedScore([COLUMNS.index(name) for name in score.indicators], None)
-    if type(score) is Linear and score.normalise is None:
-        return FusedScore([COLUMNS.index(name) for name in score.weights], list(score.weights.values()))
-    return None
+    return FusedScore(*form, ties, seed)
 
 
 class Router:
@@ -113,8 +109,8 @@ class Router:
         self._block_size = int(block_size)
         self._policy = _policy(policy)
         self._ties: Ties = ties or self._policy.ties
-        self._fused = _fused(self._policy, self._ties)
         self._seed = int(seed)
+        self._fused = _fused(self._policy, self._ties, self._seed)
         self._key_seed = int(key_seed)
         self._index = PrefixIndex()
         # rows of both indexes agree, since instances are added to and removed from both alike
@@ -375,7 +371,7 @@ class Router:
             scores = np.empty(len(columns.instances))
             position = select_fused(
                 index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
-                columns.table, scores, self._fused,
+                columns.table, scores, self._fused, self._decision,
             )  # fmt: skip
             if position >= 0:
                 return position, scores

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.indicators import COLUMNS, Columns
 
-__all__ = ["Custom", "Linear", "Multiplicative", "Score", "lexicographic", "min_max"]
+__all__ = ["Custom", "Linear", "Multiplicative", "Score", "lexicographic", "min_max", "native_form"]
 
 Normalise = Literal["max", "min_max"]
 
@@ -119,6 +119,16 @@ class Custom:
 
     def __repr__(self) -> str:
         return f"Custom({self.name})"
+
+
+def native_form(score: Score) -> tuple[list[int], list[float]] | None:
+    """Return positions in COLUMNS and weights (none for a product) of a score the core can compute, or None."""
+    # exact types: a subclass may compute something else
+    if type(score) is Multiplicative:
+        return [COLUMNS.index(name) for name in score.indicators], []
+    if type(score) is Linear and score.normalise is None:
+        return [COLUMNS.index(name) for name in score.weights], list(score.weights.values())
+    return None
 
 
 def min_max(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,9 +1,10 @@
 """Replay: a trace through the same router that production uses, into a model of the engines."""
 
-from mulsched.replay.engine import CacheChange, EngineModel, StepResult
+from mulsched.replay.engine import EngineModel
 from mulsched.replay.profile import Profile, Roofline, StepTable, StepTime, builtin_profile, load_profile
 from mulsched.replay.readers import FORMATS, read_trace
-from mulsched.replay.simulator import ReplayResult, replay, replay_many
+from mulsched.replay.simulator import Disaggregation, ReplayResult, replay, replay_many
+from mulsched.replay.step import CacheChange, StepLoad, StepResult
 from mulsched.replay.synthetic import WORKLOADS, format_calibration, synthetic_trace, targets
 from mulsched.replay.trace import Trace, TraceStats, lru_hit_ratio
 
@@ -11,10 +12,12 @@ __all__ = [
     "FORMATS",
     "WORKLOADS",
     "CacheChange",
+    "Disaggregation",
     "EngineModel",
     "Profile",
     "ReplayResult",
     "Roofline",
+    "StepLoad",
     "StepResult",
     "StepTable",
     "StepTime",

@@ -35,7 +35,9 @@ class Profile:
     ``max_batched_tokens``: tokens per step, 4,096 as in the LMetric paper's set-up. ``max_num_seqs``:
     requests running at a time, 256, vLLM's default. ``kv_blocks``: blocks of ``block_size`` tokens in the KV
     cache; 26,000 is what 0.9 of 80 GB leaves beside an 8B model in bf16 at 131,072 bytes a token.
-    Raises InvalidArgument for a limit below 1.
+    ``watermark_ratio`` of the blocks stays free when a request is admitted beside others, 0 as in vLLM.
+    Raises InvalidArgument for a limit below 1, a watermark not in [0, 1), and a token budget that does not
+    cover a token for each of ``max_num_seqs`` requests, which vLLM refuses too.
     """
 
     name: str
@@ -44,11 +46,24 @@ class Profile:
     max_batched_tokens: int = 4096
     max_num_seqs: int = 256
     kv_blocks: int = 26_000
+    watermark_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         for limit in ("block_size", "max_batched_tokens", "max_num_seqs", "kv_blocks"):
             if getattr(self, limit) < 1:
                 raise InvalidArgument(f"{limit} must be at least 1, got {getattr(self, limit)}")
+        if self.max_batched_tokens < self.max_num_seqs:
+            raise InvalidArgument(
+                f"max_batched_tokens must be at least max_num_seqs, got {self.max_batched_tokens} and "
+                f"{self.max_num_seqs}"
+            )
+        if not 0 <= self.watermark_ratio < 1:
+            raise InvalidArgument(f"watermark_ratio must lie in [0, 1), got {self.watermark_ratio}")
+
+    def limits(self, kv_blocks: int) -> tuple[int, int, int, int, int]:
+        """Return block size, ``kv_blocks``, token budget, sequences and watermark in blocks."""
+        watermark = int(self.watermark_ratio * kv_blocks)
+        return self.block_size, kv_blocks, self.max_batched_tokens, self.max_num_seqs, watermark
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,37 +1,64 @@
-"""Replay: a trace through the production router into modelled engines.
+"""Replay: a trace through a router into modelled engines.
 
-Events happen in the order of their times; at the same time ends of steps come before arrivals, and each kind
-in the order in which it was planned. A step that ends tells the router of first tokens, of finished requests
-and of changes in the cache, as an engine's response stream and KV events would.
+The twins: ``_replay_py`` drives the production :class:`~mulsched.Router`; ``_native`` runs the same loop in
+C++ on the router's own index, columns and pick. Their results are equal to the last bit.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from multiprocessing import get_context
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mulsched._backend import BACKEND
 from mulsched.errors import InvalidArgument
 from mulsched.policies import Policy, Ties, get
-from mulsched.replay.engine import EngineModel
 from mulsched.replay.profile import Profile
+from mulsched.replay.records import Records, ReplayOptions
 from mulsched.replay.trace import Trace
-from mulsched.router import Router
-from mulsched.types import BlockRemoved, BlockStored
 
-__all__ = ["CacheSource", "Loop", "ReplayResult", "replay", "replay_many"]
+if BACKEND == "native":
+    from mulsched.replay._native import run_replay
+else:
+    from mulsched.replay._replay_py import run_replay
+
+__all__ = ["CacheSource", "Disaggregation", "Loop", "ReplayResult", "replay", "replay_many"]
 
 CacheSource = Literal["events", "predicted"]
 Loop = Literal["open", "closed"]
 Progress = Callable[[int, int], None]
 
-_STEP_END, _ARRIVAL = 0, 1
 _PERCENTILES = (50, 95, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Disaggregation:
+    """Prefill and decode on instances of their own, the KV cache sent from one to the other.
+
+    The first ``prefill_instances`` compute prompts and make one token, which nobody sees. After
+    ``transfer_s_per_token`` for each prompt token the request arrives at a decode instance, which
+    ``decode_policy`` chooses; it computes the last prompt token again, as vLLM's connectors do, and with that
+    its first token. Default: 131,072 bytes a token (an 8B model in bf16) over 400 Gbit/s.
+    Raises InvalidArgument.
+    """
+
+    prefill_instances: int
+    decode_policy: str = "least_loaded"
+    transfer_s_per_token: float = 131_072 / 50e9
+
+    def __post_init__(self) -> None:
+        if self.prefill_instances < 1:
+            raise InvalidArgument(f"prefill_instances must be at least 1, got {self.prefill_instances}")
+        _check_seconds("transfer_s_per_token", self.transfer_s_per_token)
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise InvalidArgument(f"{name} must be finite and at least 0, got {value}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,8 +66,10 @@ class ReplayResult:
     """What happened to each of n requests, and under what.
 
     ``arrival_s``, ``first_token_s``, ``finish_s``: (n,) seconds from the start. ``instance`` (n,): where it
-    went. ``cached_tokens`` (n,): prompt tokens that the engine found in its cache; ``hit_tokens`` (n,): what
-    the router thought it would. ``prompt_tokens``, ``output_tokens`` (n,) as in the trace.
+    went, ``decode_instance`` (n,): where it went to decode, the same without disaggregation.
+    ``cached_tokens`` (n,): prompt tokens that the engine found in its cache; ``hit_tokens`` (n,): what the
+    router thought it would. ``prompt_tokens``, ``output_tokens`` (n,) as in the trace. ``lost_messages``: of
+    KV events, on the way to the router; ``orphans``: stored blocks whose parent it did not know.
     """
 
     trace: str
@@ -54,15 +83,21 @@ class ReplayResult:
     kv_blocks: int
     loop: str
     cache_source: str
+    state_delay_s: float
+    event_loss_ratio: float
+    disaggregation: Disaggregation | None
     arrival_s: NDArray[np.float64]
     first_token_s: NDArray[np.float64]
     finish_s: NDArray[np.float64]
     instance: NDArray[np.int64]
+    decode_instance: NDArray[np.int64]
     cached_tokens: NDArray[np.int64]
     hit_tokens: NDArray[np.int64]
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     preemptions: int
+    lost_messages: int
+    orphans: int
 
     @property
     def label(self) -> str:
@@ -106,108 +141,9 @@ class ReplayResult:
             "request_spread": float(requests.max() / requests.mean()),
             "prefill_spread": float(prefill.max() / prefill.mean()),
             "preemptions": float(self.preemptions),
+            "lost_messages": float(self.lost_messages),
+            "orphans": float(self.orphans),
         }
-
-
-class _Replay:
-    """The state of one replay."""
-
-    def __init__(
-        self,
-        trace: Trace,
-        router: Router,
-        engines: list[EngineModel],
-        *,
-        closed: bool,
-        observed: bool,
-        block_size: int,
-    ) -> None:
-        self.trace = trace
-        self.router = router
-        self.engines = engines
-        self.names = router.instances
-        self.closed = closed
-        self.observed = observed
-        self.block_size = block_size
-        self.events: list[tuple[float, int, int, int]] = []  # time, kind, sequence number, subject
-        self.planned = 0
-        n = len(trace)
-        self.arrival_s = np.array(trace.arrival_s)
-        self.first_token_s, self.finish_s = np.zeros(n), np.zeros(n)
-        self.instance, self.cached = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
-        self.hits = np.zeros(n, dtype=np.int64)
-        self.follow_ups: dict[int, list[int]] = {}
-        self.finished = 0
-
-    def run(self, progress: Progress | None) -> None:
-        for i, previous in enumerate(self.trace.previous.tolist()):
-            if self.closed and previous >= 0:
-                self.follow_ups.setdefault(previous, []).append(i)
-            else:
-                self.plan(float(self.trace.arrival_s[i]), _ARRIVAL, i)
-        every = max(1, len(self.trace) // 100)
-        told = 0
-        while self.events:
-            now, kind, _, subject = heappop(self.events)
-            if kind == _ARRIVAL:
-                self.arrive(subject, now)
-            else:
-                self.end_step(subject, now)
-            if progress is not None and self.finished >= told + every:
-                told = self.finished
-                progress(told, len(self.trace))
-        if progress is not None:
-            progress(self.finished, len(self.trace))
-
-    def plan(self, time: float, kind: int, subject: int) -> None:
-        heappush(self.events, (time, kind, self.planned, subject))
-        self.planned += 1
-
-    def arrive(self, i: int, now: float) -> None:
-        trace = self.trace
-        keys = trace.keys(i, self.block_size)
-        prompt, session = int(trace.prompt_tokens[i]), int(trace.session[i])
-        decision = self.router.route_keys(
-            keys,
-            prompt_tokens=prompt,
-            request_id=i,
-            session=str(session) if session >= 0 else None,
-            now=now,
-        )
-        at = int(decision.columns.rows[decision.position])
-        self.arrival_s[i], self.instance[i], self.hits[i] = now, at, decision.hit_tokens
-        engine = self.engines[at]
-        engine.submit(i, keys, prompt, int(trace.output_tokens[i]))
-        if not engine.stepping:
-            self.start_step(at, now)
-
-    def start_step(self, at: int, now: float) -> None:
-        ends = self.engines[at].start_step(now)
-        if ends is not None:
-            self.plan(ends, _STEP_END, at)
-
-    def end_step(self, at: int, now: float) -> None:
-        result = self.engines[at].end_step()
-        for change in self.engines[at].take_changes() if self.observed else ():
-            name = self.names[at]
-            if change.stored:
-                self.router.apply(
-                    BlockStored(name, change.keys, change.parent, self.block_size, block_keys=change.keys)
-                )
-            else:
-                self.router.apply(BlockRemoved(name, change.keys))
-        for i, cached in result.first_tokens:
-            assert isinstance(i, int)
-            self.first_token_s[i], self.cached[i] = now, cached
-            self.router.first_token(i)
-        for i in result.finished:
-            assert isinstance(i, int)
-            self.finish_s[i] = now
-            self.finished += 1
-            self.router.finish(i)
-            for follow_up in self.follow_ups.get(i, ()):
-                self.plan(now + float(self.trace.think_s[follow_up]), _ARRIVAL, follow_up)
-        self.start_step(at, now)
 
 
 def replay(
@@ -220,6 +156,9 @@ def replay(
     kv_blocks: int | None = None,
     cache_source: CacheSource = "events",
     loop: Loop = "open",
+    state_delay_s: float = 0.0,
+    event_loss_ratio: float = 0.0,
+    disaggregation: Disaggregation | None = None,
     seed: int = 0,
     ties: Ties | None = None,
     progress: Progress | None = None,
@@ -229,7 +168,10 @@ def replay(
     ``parameters`` are keywords of the factory of a policy given by name. ``kv_blocks`` replaces the
     profile's. ``cache_source``: the router learns of caches from the engines'
     events, or predicts them. ``loop``: requests arrive by the trace's times, or (closed) a follow-up arrives
-    its think time after the end of the request before it. ``progress(done, all)`` is called now and then.
+    its think time after the end of the request before it. ``state_delay_s``: how much later the router hears
+    what an engine tells, KV events, first tokens and ends alike. ``event_loss_ratio``: the share of messages
+    of KV events, one a step, that never arrive. ``disaggregation``: ``policy`` then chooses among the
+    prefill instances. ``progress(done, all)`` is called now and then.
     Deterministic: the same arguments give the same result.
 
     Raises UnknownPolicy, InvalidArgument (among others: a request that no engine can hold).
@@ -250,19 +192,34 @@ def replay(
             f"{trace.name} has a request of {longest} tokens, an engine holds {blocks * profile.block_size}: "
             "raise kv_blocks or limit prompts"
         )
+    _check_seconds("state_delay_s", state_delay_s)
+    if not 0 <= event_loss_ratio <= 1:
+        raise InvalidArgument(f"event_loss_ratio must lie in 0..1, got {event_loss_ratio}")
+    if profile.block_size > trace.block_size or trace.block_size % profile.block_size:
+        raise InvalidArgument(
+            f"the engine's blocks of {profile.block_size} tokens must divide the trace's {trace.block_size}"
+        )
+    prefill = 0 if disaggregation is None else disaggregation.prefill_instances
+    if prefill >= instances:
+        raise InvalidArgument(f"{prefill} prefill instances leave none of {instances} to decode")
     chosen = get(policy, **given) if isinstance(policy, str) else policy
-    router = Router(block_size=profile.block_size, policy=chosen, seed=seed, ties=ties)
-    for i in range(instances):
-        router.add_instance(f"instance-{i}", cache_blocks=blocks if cache_source == "predicted" else None)
-    run = _Replay(
-        trace,
-        router,
-        [EngineModel(profile, kv_blocks=blocks) for _ in range(instances)],
+    pools = (chosen,) if disaggregation is None else (chosen, get(disaggregation.decode_policy))
+    options = ReplayOptions(
+        profile=profile,
+        kv_blocks=blocks,
+        policies=pools,
+        ties=tuple(ties or pool.ties for pool in pools),
+        prefill_instances=prefill,
+        decode_instances=instances - prefill,
         closed=loop == "closed",
-        observed=cache_source == "events",
-        block_size=profile.block_size,
+        predicted=cache_source == "predicted",
+        seed=seed,
+        state_delay_s=state_delay_s,
+        event_loss_ratio=event_loss_ratio,
+        transfer_s_per_token=0.0 if disaggregation is None else disaggregation.transfer_s_per_token,
     )
-    run.run(progress)
+    records = Records.empty(len(trace))
+    counts = run_replay(trace, options, records, progress)
     return ReplayResult(
         trace=trace.name,
         synthetic=trace.synthetic,
@@ -275,15 +232,21 @@ def replay(
         kv_blocks=blocks,
         loop=loop,
         cache_source=cache_source,
-        arrival_s=run.arrival_s,
-        first_token_s=run.first_token_s,
-        finish_s=run.finish_s,
-        instance=run.instance,
-        cached_tokens=run.cached,
-        hit_tokens=run.hits,
+        state_delay_s=state_delay_s,
+        event_loss_ratio=event_loss_ratio,
+        disaggregation=disaggregation,
+        arrival_s=records.arrival_s,
+        first_token_s=records.first_token_s,
+        finish_s=records.finish_s,
+        instance=records.instance,
+        decode_instance=records.decode_instance,
+        cached_tokens=records.cached_tokens,
+        hit_tokens=records.hit_tokens,
         prompt_tokens=trace.prompt_tokens,
         output_tokens=trace.output_tokens,
-        preemptions=sum(engine.preemptions for engine in run.engines),
+        preemptions=counts.preemptions,
+        lost_messages=counts.lost_messages,
+        orphans=counts.orphans,
     )
 
 

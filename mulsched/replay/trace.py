@@ -17,6 +17,7 @@ Floats = NDArray[np.float64]
 
 _ID_LIMIT = 2**48  # times the parts of a block (at most 2**14) below 2**62, out of the way of private keys
 _PRIVATE = 1 << 63  # key space of blocks that the trace gives no id
+_ANSWER = 3 << 62  # and of blocks that answers fill
 _COLUMNS = {
     "arrival_s": np.float64,
     "prompt_tokens": np.int64,
@@ -171,6 +172,19 @@ class Trace:
             private |= np.uint64(_PRIVATE | i << 24)
             keys = np.concatenate([keys, private])
         return _mix(keys)
+
+    def engine_keys(self, i: int, block_size: int = 16) -> Keys:
+        """Return request i's keys, then those of the blocks that its answer fills.
+
+        The latter are private to the request: a trace does not say what an answer was. The last token of an
+        answer is never computed, so ``((prompt_tokens + output_tokens - 1) // block_size,)`` keys or, if the
+        prompt alone has more, as many as ``keys``. O(blocks). Raises as ``keys``.
+        """
+        keys = self.keys(i, block_size)
+        total = (int(self.prompt_tokens[i]) + int(self.output_tokens[i]) - 1) // block_size
+        answer = np.arange(len(keys), max(total, len(keys)), dtype=np.uint64)
+        answer |= np.uint64(_ANSWER | i << 24)
+        return np.concatenate([keys, _mix(answer)])
 
     def slice(self, start_s: float, end_s: float) -> "Trace":
         """Return the requests that arrive in ``[start_s, end_s)``, times counted from ``start_s``.

@@ -1,0 +1,345 @@
+// A whole replay: arrivals, routing, modelled engines and the news that they send to the router, in one loop.
+// Twin of mulsched/replay/_replay_py.py, which drives the production Router; the results are the same to
+// the last bit.
+#pragma once
+
+#include <cmath>
+#include <deque>
+#include <memory>
+#include <queue>
+#include <vector>
+
+#include "engine.hpp"
+#include "select.hpp"
+#include "step_time.hpp"
+
+namespace mulsched {
+
+// Columns of a trace of n requests; see mulsched.replay.Trace. Each block is cut into `parts`.
+struct TraceView {
+  std::int64_t n, parts;
+  const double *arrival_s, *think_s;
+  const std::int64_t *prompt_tokens, *output_tokens, *run_start, *run_length, *run_offset;
+  const std::int64_t* follows;  // -1, or in a closed loop the request whose end this one waits for
+};
+
+// Writes the keys of request i's full blocks, prompt and answer; returns how many are the prompt's.
+inline std::size_t request_keys(const TraceView& trace, std::int64_t i, std::int64_t block_size, std::vector<Key>& keys) {
+  constexpr Key kPrivate = Key{1} << 63, kAnswer = Key{3} << 62;
+  const std::int64_t prompt = trace.prompt_tokens[i];
+  const auto n_prompt = static_cast<std::size_t>(prompt / block_size);
+  const auto n_all = static_cast<std::size_t>((prompt + trace.output_tokens[i] - 1) / block_size);
+  keys.resize(std::max(n_prompt, n_all));
+  std::size_t at = 0;
+  for (std::int64_t run = trace.run_offset[i]; run < trace.run_offset[i + 1]; ++run) {
+    auto id = static_cast<Key>(trace.run_start[run] * trace.parts);
+    for (std::int64_t left = trace.run_length[run] * trace.parts; left > 0 && at < n_prompt; --left) keys[at++] = id++;
+  }
+  const Key owner = static_cast<Key>(i) << 24;
+  for (Key next = 0; at < n_prompt; ++at, ++next) keys[at] = kPrivate | owner | next;
+  for (; at < n_all; ++at) keys[at] = kAnswer | owner | at;
+  for (Key& key : keys) key = split_mix(key);
+  return n_prompt;
+}
+
+struct ReplayOptions {
+  std::int64_t block_size;
+  std::int64_t prefill_instances;  // 0: every instance does both phases
+  std::int64_t decode_instances;   // all instances, if every one does both
+  bool predicted;                  // the router predicts caches instead of hearing of them
+  double state_delay_s, event_loss_ratio, transfer_s_per_token;
+  std::uint64_t seed;
+};
+
+// Arrays of n entries.
+struct ReplayRecords {
+  double *arrival_s, *first_token_s, *finish_s;
+  std::int64_t *instance, *decode_instance, *cached_tokens, *hit_tokens;
+};
+
+// Instances of one kind and the router's view of them.
+struct Pool {
+  std::int64_t first;  // number of its first instance
+  FusedScore score;    // without columns: ask the policy
+  Ties ties;
+  PrefixIndex index;
+  std::vector<Engine> engines;
+  std::vector<std::int64_t> load, rows, table;
+  std::vector<double> scores;
+  std::int64_t decisions = 0;
+  std::vector<std::int64_t> booked_new;  // by request
+
+  LoadView view() const noexcept { return {load.data(), engines.size()}; }
+  std::int64_t& at(LoadColumn column, std::size_t row) noexcept { return load[column * engines.size() + row]; }
+};
+
+// What the loop asks of Python: the choice of policies that the core cannot compute, and whether to go on.
+class ReplayHost {
+ public:
+  virtual ~ReplayHost() = default;
+  // The position of the chosen row of a filled table, or a negative number if the policy raised an error.
+  virtual std::int64_t choose(std::size_t pool, std::int64_t request, double now, const Key* keys,
+                              std::size_t n_keys, const Pool& state) = 0;
+  virtual bool go_on(std::int64_t finished) = 0;
+};
+
+class Replay {
+ public:
+  Replay(const TraceView& trace, const ReplayOptions& options, const EngineLimits& limits, const StepTime& step_time,
+         const ReplayRecords& records, ReplayHost& host)
+      : trace_(trace), options_(options), step_time_(step_time), records_(records), host_(host) {
+    if (options.prefill_instances > 0) add_pool(options.prefill_instances, limits);
+    add_pool(options.decode_instances, limits);
+    const auto n = static_cast<std::size_t>(trace.n);
+    followed_by_.assign(n, kNobody);
+    next_sibling_.assign(n, kNobody);
+    for (std::int64_t i = trace.n; i-- > 0;) {  // so that siblings are met in the order of the trace
+      const std::int64_t before = trace.follows[i];
+      if (before < 0) continue;
+      next_sibling_[static_cast<std::size_t>(i)] = followed_by_[static_cast<std::size_t>(before)];
+      followed_by_[static_cast<std::size_t>(before)] = i;
+    }
+  }
+
+  std::deque<Pool>& pools() noexcept { return pools_; }
+  std::int64_t orphans() const noexcept { return orphans_; }
+  std::int64_t lost_messages() const noexcept { return lost_; }
+  std::int64_t preemptions() const noexcept {
+    std::int64_t all = 0;
+    for (const Pool& pool : pools_)
+      for (const Engine& engine : pool.engines) all += engine.preemptions();
+    return all;
+  }
+
+  // Runs to the end; false if the host stopped it.
+  bool run() {
+    std::int64_t next = next_arrival(0), told = 0;
+    const std::int64_t every = std::max<std::int64_t>(1, trace_.n / 100);
+    planned_ = trace_.n;  // arrivals by the clock are planned before all else
+    while (next < trace_.n || !events_.empty()) {
+      Event event{0.0, kArrival, next, next, 0};
+      if (next < trace_.n) event.time = trace_.arrival_s[next];
+      if (next >= trace_.n || (!events_.empty() && event > events_.top())) {
+        event = events_.top();
+        events_.pop();
+      } else {
+        next = next_arrival(next + 1);
+      }
+      if (!handle(event)) return false;
+      if (finished_ >= told + every) {
+        told = finished_;
+        if (!host_.go_on(told)) return false;
+      }
+    }
+    return host_.go_on(finished_);
+  }
+
+ private:
+  static constexpr std::int64_t kNobody = -1;
+  enum Kind : int { kStepEnd, kArrival, kHandOver };
+  struct Event {
+    double time;
+    int kind;  // at one time, ends of steps come first
+    std::int64_t number, subject;
+    std::size_t pool;
+    bool operator>(const Event& other) const noexcept {
+      if (time != other.time) return time > other.time;
+      if (kind != other.kind) return kind > other.kind;
+      return number > other.number;
+    }
+  };
+  // What an engine tells its router: changes of its cache, a first token or an end.
+  struct News {
+    enum What { kStored, kEvicted, kFirstToken, kFinished } what;
+    double time;
+    std::size_t pool, row;
+    std::int64_t request = 0;
+    bool has_parent = false;
+    Key parent = 0;
+    std::vector<Key> keys;
+  };
+
+  void add_pool(std::int64_t n, const EngineLimits& limits) {
+    Pool& pool = pools_.emplace_back();
+    pool.first = pools_.size() == 1 ? 0 : options_.prefill_instances;
+    const auto size = static_cast<std::size_t>(n);
+    pool.engines.reserve(size);
+    pool.load.assign(kLoadColumns * size, 0);
+    pool.table.resize(kColumns * size);
+    pool.scores.resize(size);
+    pool.booked_new.resize(static_cast<std::size_t>(trace_.n));
+    for (std::size_t row = 0; row < size; ++row) {
+      pool.engines.emplace_back(limits);
+      pool.rows.push_back(static_cast<std::int64_t>(row));
+      pool.index.add_row(static_cast<Row>(row), options_.predicted ? limits.kv_blocks : kUnbounded, !options_.predicted);
+    }
+    for (std::size_t row = 0; row < size; ++row) pool.at(kLoadLastChosen, row) = -1;
+  }
+
+  std::int64_t next_arrival(std::int64_t i) const noexcept {
+    while (i < trace_.n && trace_.follows[i] >= 0) ++i;
+    return i;
+  }
+
+  void plan(double time, Kind kind, std::int64_t subject, std::size_t pool) {
+    events_.push({time, kind, planned_++, subject, pool});
+  }
+
+  bool handle(const Event& event) {
+    if (event.kind == kStepEnd) {
+      end_step(event.pool, static_cast<std::size_t>(event.subject), event.time);
+      return true;
+    }
+    hear(event.time);
+    if (event.kind == kArrival) records_.arrival_s[event.subject] = event.time;
+    return route(event.pool, event.subject, event.time);
+  }
+
+  bool route(std::size_t p, std::int64_t i, double now) {
+    Pool& pool = pools_[p];
+    const std::int64_t prompt = trace_.prompt_tokens[i];
+    const std::size_t n_prompt = request_keys(trace_, i, options_.block_size, keys_);
+    fill_columns(pool.index, nullptr, keys_.data(), n_prompt, prompt, options_.block_size, pool.rows.data(),
+                 pool.rows.size(), pool.view(), pool.table.data());
+    std::int64_t chosen = kNotFinite;
+    if (!pool.score.columns.empty())
+      chosen = score_and_pick(pool.score, pool.ties, options_.seed, pool.decisions, pool.rows.data(),
+                              pool.table.data(), pool.rows.size(), pool.scores.data());
+    if (chosen < 0) chosen = host_.choose(p, i, now, keys_.data(), n_prompt, pool);
+    if (chosen < 0) return false;
+    const auto row = static_cast<std::size_t>(chosen);
+    const std::int64_t fresh = pool.table[kNewPrefillTokens * pool.rows.size() + row];
+    pool.booked_new[static_cast<std::size_t>(i)] = fresh;
+    pool.at(kLoadQueued, row) += fresh;
+    pool.at(kLoadWaiting, row) += 1;
+    pool.at(kLoadContext, row) += prompt;
+    pool.at(kLoadLastChosen, row) = pool.decisions++;
+    const bool last = p + 1 == pools_.size();
+    if (p == 0) {
+      records_.instance[i] = pool.first + chosen;
+      records_.hit_tokens[i] = pool.table[kHitTokens * pool.rows.size() + row];
+    }
+    if (last) records_.decode_instance[i] = pool.first + chosen;
+    Engine& engine = pool.engines[row];
+    // the prefill side makes one token and keeps the prompt's blocks only
+    engine.submit(i, keys_.data(), last ? keys_.size() : n_prompt, prompt, last ? trace_.output_tokens[i] : 1,
+                  p > 0 ? prompt : 0);
+    if (!engine.stepping()) start_step(p, row, now);
+    return true;
+  }
+
+  void start_step(std::size_t p, std::size_t row, double now) {
+    StepLoad load;
+    if (pools_[p].engines[row].start_step(load)) plan(now + step_time_(load), kStepEnd, static_cast<std::int64_t>(row), p);
+  }
+
+  void end_step(std::size_t p, std::size_t row, double now) {
+    Engine& engine = pools_[p].engines[row];
+    first_tokens_.clear();
+    ended_.clear();
+    engine.end_step(first_tokens_, ended_);
+    if (!options_.predicted) tell_changes(p, row, now, engine);
+    engine.clear_changes();
+    const bool last = p + 1 == pools_.size();
+    for (const Engine::FirstToken& first : first_tokens_) {
+      if (p == 0) records_.cached_tokens[first.request] = first.cached_tokens;
+      if (last) records_.first_token_s[first.request] = now;
+      tell({News::kFirstToken, now, p, row, first.request, false, 0, {}});
+    }
+    for (const std::int64_t i : ended_) {
+      tell({News::kFinished, now, p, row, i, false, 0, {}});
+      if (!last) {
+        plan(now + static_cast<double>(trace_.prompt_tokens[i]) * options_.transfer_s_per_token, kHandOver, i, p + 1);
+        continue;
+      }
+      records_.finish_s[i] = now;
+      ++finished_;
+      for (std::int64_t f = followed_by_[static_cast<std::size_t>(i)]; f != kNobody; f = next_sibling_[static_cast<std::size_t>(f)])
+        plan(now + trace_.think_s[f], kArrival, f, 0);
+    }
+    start_step(p, row, now);
+  }
+
+  // A step's changes travel in one message, which may be lost.
+  void tell_changes(std::size_t p, std::size_t row, double now, Engine& engine) {
+    const std::vector<Engine::Change>& changes = engine.changes();
+    if (changes.empty()) return;
+    if (options_.event_loss_ratio > 0 && uniform(options_.seed ^ kLossSalt, messages_++, 0) < options_.event_loss_ratio) {
+      ++lost_;
+      return;
+    }
+    for (const Engine::Change& change : changes) {
+      const Key* keys = engine.change_keys() + change.begin;
+      const std::size_t n = change.end - change.begin;
+      if (options_.state_delay_s == 0) {
+        hear_change(p, row, change.stored, change.has_parent, change.parent, keys, n);
+      } else {
+        tell({change.stored ? News::kStored : News::kEvicted, now, p, row, 0, change.has_parent, change.parent,
+              std::vector<Key>(keys, keys + n)});
+      }
+    }
+  }
+
+  void tell(News news) {
+    if (options_.state_delay_s == 0) {
+      hear_one(news);
+    } else {
+      news_.push_back(std::move(news));
+    }
+  }
+
+  // The router hears what is old enough.
+  void hear(double now) {
+    while (!news_.empty() && news_.front().time + options_.state_delay_s <= now) {
+      hear_one(news_.front());
+      news_.pop_front();
+    }
+  }
+
+  void hear_one(const News& news) {
+    if (news.what == News::kStored || news.what == News::kEvicted) {
+      hear_change(news.pool, news.row, news.what == News::kStored, news.has_parent, news.parent, news.keys.data(),
+                  news.keys.size());
+      return;
+    }
+    Pool& pool = pools_[news.pool];
+    if (news.what == News::kFirstToken) {
+      pool.at(kLoadQueued, news.row) -= pool.booked_new[static_cast<std::size_t>(news.request)];
+      pool.at(kLoadWaiting, news.row) -= 1;
+      pool.at(kLoadRunning, news.row) += 1;
+    } else {
+      pool.at(kLoadRunning, news.row) -= 1;
+      pool.at(kLoadContext, news.row) -= trace_.prompt_tokens[news.request];
+    }
+    if (!options_.predicted) return;
+    const std::size_t n_prompt = request_keys(trace_, news.request, options_.block_size, keys_);
+    pool.index.store(static_cast<Row>(news.row), keys_.data(), n_prompt);
+  }
+
+  void hear_change(std::size_t p, std::size_t row, bool stored, bool has_parent, Key parent, const Key* keys, std::size_t n) {
+    PrefixIndex& index = pools_[p].index;
+    if (!stored) {
+      index.remove_named(static_cast<Row>(row), keys, n);
+    } else if (index.store_named(static_cast<Row>(row), has_parent, parent, keys, keys, n) == PrefixIndex::kUnknownParent) {
+      ++orphans_;
+    }
+  }
+
+  static constexpr std::uint64_t kLossSalt = 0x6c6f7373;  // "loss"
+
+  TraceView trace_;
+  ReplayOptions options_;
+  const StepTime& step_time_;
+  ReplayRecords records_;
+  ReplayHost& host_;
+  std::deque<Pool> pools_;  // prefill, then decode; or the only one
+  std::vector<std::int64_t> followed_by_, next_sibling_;
+  std::priority_queue<Event, std::vector<Event>, std::greater<>> events_;
+  std::deque<News> news_;
+  std::int64_t planned_ = 0, finished_ = 0, messages_ = 0, lost_ = 0, orphans_ = 0;
+  std::vector<Key> keys_;
+  std::vector<Engine::FirstToken> first_tokens_;
+  std::vector<std::int64_t> ended_;
+};
+
+}  // namespace mulsched
