@@ -273,6 +273,11 @@ class PrefixIndex {
     for (std::size_t at = 0; at < n_keys;) {
       if (offset == tree_.node(id).length()) {
         const NodeId next = tree_.child(id, keys[at]);
+        if (next == kNone && tree_.extensible(id, row)) {
+          tree_.extend(id, row, keys + at, n_keys - at);
+          segments_.push_back({id, offset, static_cast<std::uint32_t>(n_keys - at), false});
+          return newly + static_cast<std::int64_t>(n_keys - at);
+        }
         if (next == kNone) {
           id = tree_.add_leaf(id, keys + at, n_keys - at);
           tree_.add_holder(id, row);

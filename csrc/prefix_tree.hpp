@@ -128,6 +128,25 @@ class PrefixTree {
     return id;
   }
 
+  // Whether new blocks after the node's last can lengthen its edge: nobody else holds it and nothing follows.
+  // Most of an engine's events are of this kind, a block of an answer after the block before it.
+  bool extensible(NodeId id, Row row) const noexcept {
+    const Node& n = node(id);
+    return n.holders.size() == 1 && n.holders[0].row == row && n.children.size() == 0 && !rows_[row].bounded();
+  }
+
+  void extend(NodeId id, Row row, const Key* keys, std::size_t n_keys) {
+    Node& n = node(id);
+    const std::uint32_t end = n.end();
+    append(n.keys, keys, n_keys);
+    if (!n.ids.empty()) {
+      if (n.ids.size() + n_keys > n.ids.capacity()) n.ids.reserve(n.keys.capacity());
+      for (std::size_t i = 0; i < n_keys; ++i) n.ids.push_back(new_block(id, end + static_cast<std::uint32_t>(i)));
+    }
+    unique_blocks_ += static_cast<std::int64_t>(n_keys);
+    rows_[row].blocks += static_cast<std::int64_t>(n_keys);
+  }
+
   // Cuts the edge after `at` blocks, 0 < at < length. The upper part keeps the id; returns the lower part,
   // which in every row's list comes right before it.
   NodeId split(NodeId id, std::uint32_t at) {

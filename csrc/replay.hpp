@@ -3,9 +3,9 @@
 // the last bit.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 #include <deque>
-#include <memory>
+#include <limits>
 #include <queue>
 #include <vector>
 
@@ -68,6 +68,7 @@ struct Pool {
   std::vector<double> scores;
   std::int64_t decisions = 0;
   std::vector<std::int64_t> booked_new;  // by request
+  std::vector<std::int64_t> messages;    // of KV events, by row
 
   LoadView view() const noexcept { return {load.data(), engines.size()}; }
   std::int64_t& at(LoadColumn column, std::size_t row) noexcept { return load[column * engines.size() + row]; }
@@ -88,6 +89,9 @@ class Replay {
   Replay(const TraceView& trace, const ReplayOptions& options, const EngineLimits& limits, const StepTime& step_time,
          const ReplayRecords& records, ReplayHost& host)
       : trace_(trace), options_(options), step_time_(step_time), records_(records), host_(host) {
+    // Without these an engine hears of nothing but arrivals, and nothing but arrivals hears of it.
+    run_ahead_ = options.prefill_instances == 0 && options.state_delay_s == 0 &&
+                 std::all_of(trace.follows, trace.follows + trace.n, [](std::int64_t i) { return i < 0; });
     if (options.prefill_instances > 0) add_pool(options.prefill_instances, limits);
     add_pool(options.decode_instances, limits);
     const auto n = static_cast<std::size_t>(trace.n);
@@ -125,6 +129,7 @@ class Replay {
       } else {
         next = next_arrival(next + 1);
       }
+      horizon_ = next < trace_.n ? trace_.arrival_s[next] : std::numeric_limits<double>::infinity();
       if (!handle(event)) return false;
       if (finished_ >= told + every) {
         told = finished_;
@@ -167,6 +172,7 @@ class Replay {
     pool.load.assign(kLoadColumns * size, 0);
     pool.table.resize(kColumns * size);
     pool.scores.resize(size);
+    pool.messages.assign(size, 0);
     pool.booked_new.resize(static_cast<std::size_t>(trace_.n));
     for (std::size_t row = 0; row < size; ++row) {
       pool.engines.emplace_back(limits);
@@ -187,7 +193,7 @@ class Replay {
 
   bool handle(const Event& event) {
     if (event.kind == kStepEnd) {
-      end_step(event.pool, static_cast<std::size_t>(event.subject), event.time);
+      end_steps(event.pool, static_cast<std::size_t>(event.subject), event.time);
       return true;
     }
     hear(event.time);
@@ -228,9 +234,22 @@ class Replay {
     return true;
   }
 
+  // Starts a step and plans its end.
   void start_step(std::size_t p, std::size_t row, double now) {
     StepLoad load;
     if (pools_[p].engines[row].start_step(load)) plan(now + step_time_(load), kStepEnd, static_cast<std::int64_t>(row), p);
+  }
+
+  // Ends a step and starts the next, and so on up to the next arrival if the engine may run ahead.
+  void end_steps(std::size_t p, std::size_t row, double now) {
+    StepLoad load;
+    for (;;) {
+      end_step(p, row, now);
+      if (!pools_[p].engines[row].start_step(load)) return;
+      now += step_time_(load);
+      if (!run_ahead_ || now > horizon_) break;
+    }
+    plan(now, kStepEnd, static_cast<std::int64_t>(row), p);
   }
 
   void end_step(std::size_t p, std::size_t row, double now) {
@@ -257,14 +276,13 @@ class Replay {
       for (std::int64_t f = followed_by_[static_cast<std::size_t>(i)]; f != kNobody; f = next_sibling_[static_cast<std::size_t>(f)])
         plan(now + trace_.think_s[f], kArrival, f, 0);
     }
-    start_step(p, row, now);
   }
 
   // A step's changes travel in one message, which may be lost.
   void tell_changes(std::size_t p, std::size_t row, double now, Engine& engine) {
     const std::vector<Engine::Change>& changes = engine.changes();
     if (changes.empty()) return;
-    if (options_.event_loss_ratio > 0 && uniform(options_.seed ^ kLossSalt, messages_++, 0) < options_.event_loss_ratio) {
+    if (options_.event_loss_ratio > 0 && is_lost(pools_[p], row)) {
       ++lost_;
       return;
     }
@@ -278,6 +296,11 @@ class Replay {
               std::vector<Key>(keys, keys + n)});
       }
     }
+  }
+
+  bool is_lost(Pool& pool, std::size_t row) {
+    const std::int64_t instance = pool.first + static_cast<std::int64_t>(row);
+    return uniform(options_.seed ^ kLossSalt, pool.messages[row]++, instance) < options_.event_loss_ratio;
   }
 
   void tell(News news) {
@@ -336,7 +359,9 @@ class Replay {
   std::vector<std::int64_t> followed_by_, next_sibling_;
   std::priority_queue<Event, std::vector<Event>, std::greater<>> events_;
   std::deque<News> news_;
-  std::int64_t planned_ = 0, finished_ = 0, messages_ = 0, lost_ = 0, orphans_ = 0;
+  bool run_ahead_ = false;
+  double horizon_ = 0;  // when the next arrival by the clock is due
+  std::int64_t planned_ = 0, finished_ = 0, lost_ = 0, orphans_ = 0;
   std::vector<Key> keys_;
   std::vector<Engine::FirstToken> first_tokens_;
   std::vector<std::int64_t> ended_;

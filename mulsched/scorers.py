@@ -122,7 +122,7 @@ class Custom:
 
 
 def native_form(score: Score) -> tuple[list[int], list[float]] | None:
-    """Return positions in COLUMNS and weights (none for a product) of a score the core can compute, or None."""
+    """Return positions in COLUMNS and weights (none: a product) of a score that the core can compute."""
     # exact types: a subclass may compute something else
     if type(score) is Multiplicative:
         return [COLUMNS.index(name) for name in score.indicators], []

@@ -33,11 +33,12 @@ if (ROOT / "setup.py").exists():
         if mulsched.BACKEND == "python":
             return  # asked for: test_backend sees to it
         from mulsched._native import SOURCE_DIGEST
+        from mulsched.replay._native import SOURCE_DIGEST as REPLAY_DIGEST
 
         source = (ROOT / "setup.py").read_text().rsplit("\nsetup(", 1)[0]
         names = {"__file__": str(ROOT / "setup.py")}
         exec(compile(source, "setup.py", "exec"), names)
-        assert names["source_digest"]() == SOURCE_DIGEST, (
+        assert {names["source_digest"]()} == {SOURCE_DIGEST, REPLAY_DIGEST}, (
             "the native extension is stale, run: python setup.py build_ext --inplace"
         )
 

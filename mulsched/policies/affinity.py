@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mulsched.indicators import Columns
 from mulsched.policies._parameters import at_least, whole_at_least
 from mulsched.policies._policy import Policy, register
-from mulsched.scorers import lexicographic
+from mulsched.scorers import Multiplicative, lexicographic
 
 __all__ = ["consistent_hash_bounded", "least_p_tokens", "most_hits", "sticky"]
 
@@ -28,7 +28,7 @@ def most_hits() -> Policy:
     """
     return Policy(
         name="most_hits",
-        score=lambda columns: columns.new_prefill_tokens.astype(np.float64),
+        score=Multiplicative("new_prefill_tokens"),
         source="vLLM production-stack, routing_logic.py, PrefixAwareRouter",
     )
 
@@ -44,7 +44,7 @@ def least_p_tokens() -> Policy:
     """
     return Policy(
         name="least_p_tokens",
-        score=lambda columns: columns.p_tokens.astype(np.float64),
+        score=Multiplicative("p_tokens"),
         source="ablation of arXiv 2603.15202, section 5",
     )
 
@@ -85,7 +85,7 @@ def sticky(*, max_sessions: int = 100_000) -> Policy:
     sessions = _Sessions(whole_at_least(max_sessions, "max_sessions", 1))
     return Policy(
         name="sticky",
-        score=lambda columns: columns.batch_size.astype(np.float64),
+        score=Multiplicative("batch_size"),
         filters=(sessions.home,),
         on_dispatch=sessions.remember,
         source="session affinity as in Ray Serve, production-stack and smg routers",

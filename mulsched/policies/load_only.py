@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from mulsched.indicators import Columns
 from mulsched.policies._policy import Policy, register
+from mulsched.scorers import Linear, Multiplicative
 
 __all__ = ["least_loaded", "power_of_two", "random", "round_robin", "vllm"]
 
@@ -21,7 +22,7 @@ def round_robin() -> Policy:
     """
     return Policy(
         name="round_robin",
-        score=lambda columns: columns.last_chosen.astype(np.float64),
+        score=Multiplicative("last_chosen"),
         ties="first",
         source="folklore",
     )
@@ -48,9 +49,7 @@ def least_loaded() -> Policy:
     Parameters: none.
     Known losses: blind to the cache and to the size of requests.
     """
-    return Policy(
-        name="least_loaded", score=lambda columns: columns.batch_size.astype(np.float64), source="folklore"
-    )
+    return Policy(name="least_loaded", score=Multiplicative("batch_size"), source="folklore")
 
 
 def vllm() -> Policy:
@@ -66,7 +65,7 @@ def vllm() -> Policy:
     """
     return Policy(
         name="vllm",
-        score=lambda columns: (4 * columns.waiting + columns.running).astype(np.float64),
+        score=Linear({"waiting": 4, "running": 1}),
         source="vLLM v1 core_client.py, DPLBAsyncMPClient; baseline vLLM-v1 of arXiv 2603.15202",
     )
 
@@ -82,7 +81,7 @@ def power_of_two() -> Policy:
     """
     return Policy(
         name="power_of_two",
-        score=lambda columns: columns.batch_size.astype(np.float64),
+        score=Multiplicative("batch_size"),
         filters=(_two_drawn,),
         source="Mitzenmacher, The Power of Two Choices in Randomized Load Balancing, TPDS 2001",
     )

@@ -4,8 +4,8 @@ The rules are those of vLLM v1's scheduler and block pool, read from vLLM 0.32 a
 of it (tests/replay/test_vllm_reference.py):
 
 1. A step gives a token to every decoding request, in the order of admission, then goes on with the prompt
-   that is partly computed, then admits waiting requests, first come first served, until ``max_batched_tokens``
-   are spent or ``max_num_seqs`` run.
+   that is partly computed, then admits waiting requests, first come first served, until
+   ``max_batched_tokens`` are spent or ``max_num_seqs`` run.
 2. A request is admitted if the blocks of its whole prompt are free now; only those of its first chunk are
    taken. Nobody overtakes the head of the queue.
 3. A running request that finds no block preempts the last admitted one, again and again, at last itself.
@@ -214,7 +214,7 @@ class EnginePy:
         return budget, preempted
 
     def _admit(self, sequence: _Sequence, budget: int) -> int:
-        """Admit the head of the waiting queue with its cached prefix; return its first chunk, 0 for no room."""
+        """Admit the head of the queue with its cached prefix; return its first chunk, 0 for no room."""
         hits: list[int] = []
         for key in sequence.keys[: (sequence.known - 1) // self.block_size]:
             block = self.pool.find(key)

@@ -4,6 +4,7 @@ The twins are _engine_py.py and _replay_py.py. A replay runs without the GIL and
 the core cannot compute, to call a step time that it does not know, and to tell of progress.
 """
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.operator cimport dereference
@@ -172,6 +173,7 @@ SOURCE_DIGEST = (<bytes> MULSCHED_SOURCE_DIGEST).decode()
 """Digest of the sources this module was built from; tests/test_build.py compares it with the checkout."""
 
 
+@cython.final
 cdef class Items:
     """A contiguous buffer of 8-byte numbers, held as long as this object lives."""
 
@@ -269,6 +271,7 @@ cdef class EngineNative:
 
 # -- a whole replay -------------------------------------------------------------------------------------
 
+@cython.final
 cdef class Host:
     """What the loop asks of Python; keeps the first error that Python raises."""
 
@@ -349,7 +352,8 @@ cdef CStepTime* step_time_of(object step_time, Host host) except NULL:
     return new CPythonStepTime(<void*> host, call_step_time)
 
 
-cdef class _Bound:
+@cython.final
+cdef class Bound:
     """The C++ side of a trace's columns and the records, and the arrays that they lie in."""
 
     cdef list held
@@ -385,7 +389,7 @@ cdef class _Bound:
 
 def run_replay(trace, options, records, progress):
     """Replay the trace, fill the records and return what was counted; the twin is in _replay_py.py."""
-    cdef _Bound bound = _Bound(trace, options, records)
+    cdef Bound bound = Bound(trace, options, records)
     cdef COptions plain
     cdef Host host = Host()
     cdef unique_ptr[CHost] asked

@@ -39,6 +39,7 @@ class _Pool:
         self.engines = engines
         self.names = router.instances
         self.first = first
+        self.messages = [0] * len(engines)
 
 
 class _Replay:
@@ -55,7 +56,7 @@ class _Replay:
         self.planned = len(trace)
         self.news: deque[_News] = deque()
         self.follow_ups: dict[int, list[int]] = {}
-        self.messages = self.finished = 0
+        self.finished = 0
 
     def pool(self, p: int, n: int) -> _Pool:
         options = self.options
@@ -139,7 +140,7 @@ class _Replay:
         last = p + 1 == len(self.pools)
         result = engine.end_step()
         changes = engine.take_changes()
-        if changes and not self.options.predicted and not self.is_lost():
+        if changes and not self.options.predicted and not self.is_lost(p, at):
             for change in changes:
                 self.tell(now, self.hear_change, p, at, change)
         for i, cached in result.first_tokens:
@@ -160,12 +161,14 @@ class _Replay:
                 self.plan(now + float(self.trace.think_s[follow_up]), _ARRIVAL, follow_up, 0)
         self.start_step(p, at, now)
 
-    def is_lost(self) -> bool:
-        """Whether the next message of KV events, which holds those of one step, gets lost."""
+    def is_lost(self, p: int, at: int) -> bool:
+        """Whether the instance's next message of KV events, which holds those of one step, gets lost."""
         if self.options.event_loss_ratio == 0:
             return False
-        draw = uniform_draws(self.options.seed ^ _LOSS_SALT, self.messages, np.zeros(1, dtype=np.int64))[0]
-        self.messages += 1
+        pool = self.pools[p]
+        instance = np.array([pool.first + at])
+        draw = uniform_draws(self.options.seed ^ _LOSS_SALT, pool.messages[at], instance)[0]
+        pool.messages[at] += 1
         lost = bool(draw < self.options.event_loss_ratio)
         self.counts.lost_messages += lost
         return lost

@@ -8,6 +8,8 @@ The engine knows neither routers nor a clock: the caller starts a step at a time
 ``start_step`` returns.
 """
 
+from typing import TYPE_CHECKING
+
 from mulsched._backend import BACKEND
 from mulsched.errors import InvalidArgument
 from mulsched.prefix_index import as_keys
@@ -15,10 +17,10 @@ from mulsched.replay.profile import Profile
 from mulsched.replay.step import CacheChange, StepResult
 from mulsched.types import Keys
 
-if BACKEND == "native":
-    from mulsched.replay._native import EngineNative as _Engine
-else:
+if TYPE_CHECKING or BACKEND == "python":
     from mulsched.replay._engine_py import EnginePy as _Engine
+else:
+    from mulsched.replay._native import EngineNative as _Engine
 
 __all__ = ["EngineModel"]
 

@@ -48,9 +48,15 @@ class Records:
     @classmethod
     def empty(cls, n: int) -> "Records":
         """Return records of n requests, all zero."""
-        floats = [np.zeros(n) for _ in range(3)]
-        ints = [np.zeros(n, dtype=np.int64) for _ in range(4)]
-        return cls(*floats, *ints)
+        return cls(
+            arrival_s=np.zeros(n),
+            first_token_s=np.zeros(n),
+            finish_s=np.zeros(n),
+            instance=np.zeros(n, dtype=np.int64),
+            decode_instance=np.zeros(n, dtype=np.int64),
+            cached_tokens=np.zeros(n, dtype=np.int64),
+            hit_tokens=np.zeros(n, dtype=np.int64),
+        )
 
 
 @dataclass(slots=True)

@@ -1,12 +1,19 @@
-"""The engine model: batching, chunks, the paged cache, preemption."""
+"""The engine model: batching, chunks, the paged cache, preemption. Both twins."""
+
+from collections import Counter
 
 import numpy as np
 import pytest
+from backends import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mulsched.replay.engine
 from mulsched.errors import InvalidArgument
 from mulsched.replay import EngineModel, Profile
+from mulsched.replay._engine_py import EnginePy
+
+A, B, C = 1, 2, 3
 
 
 def step_time(new, prefix, batch, context):
@@ -14,8 +21,26 @@ def step_time(new, prefix, batch, context):
     return 0.010 + 0.001 * new + 0.0001 * batch
 
 
-def engine(**limits):
-    return EngineModel(Profile("test", step_time, **({"block_size": 4, "kv_blocks": 100} | limits)))
+def new_engine(backend, **limits):
+    if backend == "python":
+        twin = EnginePy
+    else:
+        from mulsched.replay._native import EngineNative
+
+        twin = EngineNative
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mulsched.replay.engine, "_Engine", twin)
+        usual = {
+            "block_size": 4,
+            "kv_blocks": 100,
+            "max_num_seqs": min(256, limits.get("max_batched_tokens", 256)),
+        }
+        return EngineModel(Profile("test", step_time, **(usual | limits)))
+
+
+@pytest.fixture(params=BACKENDS)
+def engine(request):
+    return lambda **limits: new_engine(request.param, **limits)
 
 
 def keys(*values):
@@ -46,58 +71,58 @@ def run(model, submissions=(), check=True):
         ends |= dict.fromkeys(result.finished, now)
 
 
-def test_a_request_alone_prefills_then_decodes():
-    first, ends, _ = run(engine(), [(0.0, "a", keys(1, 2), 10, 3)])
-    assert first == {"a": (pytest.approx(0.020), 0)}
-    assert ends == {"a": pytest.approx(0.020 + 2 * 0.0101)}
+def test_a_request_alone_prefills_then_decodes(engine):
+    first, ends, _ = run(engine(), [(0.0, A, keys(1, 2), 10, 3)])
+    assert first == {A: (pytest.approx(0.020), 0)}
+    assert ends == {A: pytest.approx(0.020 + 2 * 0.0101)}
 
 
-def test_one_output_token_ends_with_the_prefill():
-    first, ends, _ = run(engine(), [(0.0, "a", keys(1), 4, 1)])
-    assert ends["a"] == first["a"][0]
+def test_one_output_token_ends_with_the_prefill(engine):
+    first, ends, _ = run(engine(), [(0.0, A, keys(1), 4, 1)])
+    assert ends[A] == first[A][0]
 
 
-def test_a_long_prompt_is_cut_into_chunks_of_the_budget():
-    first, _, _ = run(engine(max_batched_tokens=8), [(0.0, "a", keys(1, 2, 3, 4, 5), 20, 1)])
-    assert first["a"][0] == pytest.approx(3 * 0.010 + 0.020)
+def test_a_long_prompt_is_cut_into_chunks_of_the_budget(engine):
+    first, _, _ = run(engine(max_batched_tokens=8), [(0.0, A, keys(1, 2, 3, 4, 5), 20, 1)])
+    assert first[A][0] == pytest.approx(3 * 0.010 + 0.020)
 
 
-def test_decodes_go_first_and_prefill_takes_the_rest_of_the_budget():
+def test_decodes_go_first_and_prefill_takes_the_rest_of_the_budget(engine):
     model = engine(max_batched_tokens=5)
-    first, ends, _ = run(model, [(0.0, "a", keys(1), 4, 9), (0.014, "b", keys(2, 3), 8, 1)])
+    first, ends, _ = run(model, [(0.0, A, keys(1), 4, 9), (0.014, B, keys(2, 3), 8, 1)])
     # b has 4 tokens a step beside a's decode
-    assert first["b"][0] == pytest.approx(0.014 + 2 * (0.010 + 0.004 + 0.0001))
-    assert ends["a"] > first["b"][0]
+    assert first[B][0] == pytest.approx(0.014 + 2 * (0.010 + 0.004 + 0.0001))
+    assert ends[A] > first[B][0]
 
 
-def test_no_more_run_than_max_num_seqs():
-    first, ends, _ = run(engine(max_num_seqs=1), [(0.0, "a", keys(1), 4, 5), (0.0, "b", keys(2), 4, 1)])
-    assert first["b"][0] > ends["a"]
+def test_no_more_run_than_max_num_seqs(engine):
+    first, ends, _ = run(engine(max_num_seqs=1), [(0.0, A, keys(1), 4, 5), (0.0, B, keys(2), 4, 1)])
+    assert first[B][0] > ends[A]
 
 
-def test_a_cached_prefix_is_not_computed_again():
-    first, _, _ = run(engine(), [(0.0, "a", keys(1, 2), 8, 1), (1.0, "b", keys(1, 2, 3), 12, 1)])
-    assert first["b"] == (pytest.approx(1.0 + 0.014), 8)
+def test_a_cached_prefix_is_not_computed_again(engine):
+    first, _, _ = run(engine(), [(0.0, A, keys(1, 2), 8, 1), (1.0, B, keys(1, 2, 3), 12, 1)])
+    assert first[B] == (pytest.approx(1.0 + 0.014), 8)
 
 
-def test_of_a_full_hit_the_last_block_is_computed_again():
-    first, _, _ = run(engine(), [(0.0, "a", keys(1, 2), 8, 1), (1.0, "b", keys(1, 2), 8, 1)])
-    assert first["b"][1] == 4
+def test_of_a_full_hit_the_last_block_is_computed_again(engine):
+    first, _, _ = run(engine(), [(0.0, A, keys(1, 2), 8, 1), (1.0, B, keys(1, 2), 8, 1)])
+    assert first[B][1] == 4
 
 
-def test_blocks_are_announced_in_chunks_after_their_parent():
-    _, _, changes = run(engine(max_batched_tokens=8), [(0.0, "a", keys(1, 2, 3, 4), 17, 1)])
+def test_blocks_are_announced_in_chunks_after_their_parent(engine):
+    _, _, changes = run(engine(max_batched_tokens=8), [(0.0, A, keys(1, 2, 3, 4), 17, 1)])
     assert [(c.keys.tolist(), c.parent, c.stored) for c in changes] == [
         ([1, 2], None, True),
         ([3, 4], 2, True),
     ]
 
 
-def test_the_tail_of_what_was_used_the_longest_ago_is_evicted_first():
+def test_the_tail_of_what_was_used_the_longest_ago_is_evicted_first(engine):
     model = engine(kv_blocks=6)
     _, _, changes = run(
         model,
-        [(0.0, "a", keys(1, 2, 3), 12, 1), (1.0, "b", keys(4, 5), 8, 1), (2.0, "c", keys(6, 7, 8), 12, 1)],
+        [(0.0, A, keys(1, 2, 3), 12, 1), (1.0, B, keys(4, 5), 8, 1), (2.0, C, keys(6, 7, 8), 12, 1)],
     )
     evicted = [k for c in changes if not c.stored for k in c.keys.tolist()]
     # 6 - 3 - 2 leaves one block for c, which needs three
@@ -105,34 +130,112 @@ def test_the_tail_of_what_was_used_the_longest_ago_is_evicted_first():
     assert model.cached_keys() == {1, 4, 5, 6, 7, 8}
 
 
-def test_a_shared_prefix_in_use_is_not_evicted():
+def test_a_shared_prefix_in_use_is_not_evicted(engine):
     model = engine(kv_blocks=8)
     run(
         model,
-        [(0.0, "a", keys(1, 2), 8, 20)] + [(0.1 * i, i, keys(1, 10 + i), 8, 1) for i in range(1, 6)],
+        [(0.0, A, keys(1, 2), 8, 20)] + [(0.1 * i, i, keys(1, 10 + i), 8, 1) for i in range(1, 6)],
     )
     assert 1 in model.cached_keys()
 
 
-def test_when_memory_runs_out_the_last_admitted_is_preempted_and_still_finishes():
+def test_when_memory_runs_out_the_last_admitted_is_preempted_and_still_finishes(engine):
     model = engine(kv_blocks=6)
-    first, ends, _ = run(model, [(0.0, "a", keys(1, 2), 8, 12), (0.0, "b", keys(3, 4), 8, 12)])
+    first, ends, _ = run(model, [(0.0, A, keys(1, 2), 8, 12), (0.0, B, keys(3, 4), 8, 12)])
     assert model.preemptions > 0
-    assert ends["a"] < ends["b"]
-    assert set(ends) == {"a", "b"}
-    assert first["b"][1] == 0  # what it found at its first admission
+    assert ends[A] < ends[B]
+    assert set(ends) == {A, B}
+    assert first[B][1] == 0  # what it found at its first admission
 
 
-def test_two_that_compute_the_same_block_keep_one_copy():
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((keys(1), 0, 1), "at least one prompt and one output token, got 0 and 1"),
+        ((keys(1), 4, 0), "at least one prompt and one output token, got 4 and 0"),
+        ((keys(1, 2), 4, 3), "7 tokens have 1 full blocks, got 2 keys"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(engine, arguments, message):
     model = engine()
-    _, _, changes = run(model, [(0.0, "a", keys(1, 2), 9, 3), (0.0, "b", keys(1, 2), 9, 3)])
+    with pytest.raises(InvalidArgument, match=message):
+        model.submit(A, *arguments)
+    assert model.start_step(0.0) is None
+
+
+def test_steps_are_started_and_ended_in_turn(engine):
+    model = engine()
+    with pytest.raises(InvalidArgument, match="no step is under way"):
+        model.end_step()
+    model.submit(A, keys(1), 4, 1)
+    model.start_step(0.0)
+    with pytest.raises(InvalidArgument, match="a step is under way"):
+        model.start_step(0.0)
+
+
+def test_what_is_scheduled_first_is_cached_for_the_next_in_the_same_step(engine):
+    first, _, changes = run(engine(), [(0.0, A, keys(1, 2), 9, 3), (0.0, B, keys(1, 2), 9, 3)])
+    assert first[B] == (first[A][0], 8)
     assert [c.keys.tolist() for c in changes if c.stored] == [[1, 2]]
 
 
-def test_a_request_that_can_never_fit_is_refused():
+def test_a_block_computed_again_is_a_second_copy_that_is_stored_and_evicted_by_itself(engine):
+    model = engine(kv_blocks=4)
+    _, _, changes = run(
+        model, [(0.0, A, keys(1, 2), 8, 1), (1.0, B, keys(1, 2), 8, 1), (2.0, C, keys(5, 6, 7), 12, 1)]
+    )
+    assert [(c.keys.tolist(), c.stored) for c in changes] == [
+        ([1, 2], True),
+        ([2], True),
+        # the older copy left first; of the three that C needs, one was never used
+        ([2, 2], False),
+        ([5, 6, 7], True),
+    ]
+    assert model.cached_keys() == {1, 5, 6, 7}
+
+
+def test_an_answer_is_cached_block_by_block_under_the_keys_it_was_given(engine):
+    model = engine()
+    _, _, changes = run(model, [(0.0, A, keys(1, 2, 3), 6, 7)])
+    assert [(c.keys.tolist(), c.parent) for c in changes] == [([1], None), ([2], 1), ([3], 2)]
+    first, _, _ = run(model, [(1.0, B, keys(1, 2, 3), 14, 1)])
+    assert first[B][1] == 12
+
+
+def test_the_last_token_of_an_answer_is_never_cached(engine):
+    model = engine()
+    run(model, [(0.0, A, keys(1, 2), 4, 4)])
+    assert model.cached_keys() == {1}
+
+
+def test_a_request_waits_until_its_whole_prompt_has_room(engine):
+    model = engine(kv_blocks=6, max_batched_tokens=8)
+    first, ends, _ = run(model, [(0.0, A, keys(1, 2, 3), 12, 9), (0.0, B, keys(4, 5, 6), 12, 1)])
+    # one block is left beside A, then none: B's first chunk would fit only after A's end
+    assert first[B][0] > ends[A]
+
+
+def test_a_watermark_keeps_blocks_free_beside_others_but_not_for_one_alone(engine):
+    model = engine(kv_blocks=6, watermark_ratio=0.5)
+    first, ends, _ = run(model, [(0.0, A, keys(1, 2), 8, 4), (0.0, B, keys(4, 5), 8, 1)])
+    assert first[B][0] > ends[A]
+    assert first[A][0] == pytest.approx(0.018)
+
+
+def test_transferred_tokens_need_blocks_and_no_computation(engine):
+    first, _, _ = run(engine(), [(0.0, A, keys(1, 2), 10, 1)])
+    model = engine()
+    model.submit(A, keys(1, 2), 10, 1, transferred_tokens=10)
+    assert model.start_step(0.0) == pytest.approx(0.011)
+    assert model.end_step().finished == [A]
+    assert model.cached_keys() == {1, 2}
+    assert first[A][0] == pytest.approx(0.020)
+
+
+def test_a_request_that_can_never_fit_is_refused(engine):
     model = engine(kv_blocks=3)
-    with pytest.raises(InvalidArgument, match="'a' needs 4 blocks, the engine has 3"):
-        model.submit("a", keys(1, 2, 3), 12, 1)
+    with pytest.raises(InvalidArgument, match="request 1 needs 4 blocks, the engine has 3"):
+        model.submit(A, keys(1, 2, 3), 12, 1)
     assert model.start_step(0.0) is None
 
 
@@ -157,6 +260,7 @@ class NaiveEngine:
             for r in [r for r in self.running if not r["g"]]:
                 work.append((r, min(left, r["p"] - r["c"])))
                 left -= work[-1][1]
+                self.cached |= set(r["keys"][: (r["c"] + work[-1][1]) // self.block_size])
             while left > 0 and self.waiting and len(self.running) < self.seqs:
                 r = self.waiting.pop(0)
                 for key in r["keys"][: (r["p"] - 1) // self.block_size]:
@@ -167,6 +271,7 @@ class NaiveEngine:
                 self.running.append(r)
                 work.append((r, min(left, r["p"] - r["c"])))
                 left -= work[-1][1]
+                self.cached |= set(r["keys"][: (r["c"] + work[-1][1]) // self.block_size])
             new = sum(chunk for _, chunk in work)
             if not batch and not new:
                 if not pending:
@@ -178,7 +283,6 @@ class NaiveEngine:
                 r["g"] += 1
             for r, chunk in work:
                 r["c"] += chunk
-                self.cached |= set(r["keys"][: r["c"] // self.block_size])
                 if r["c"] == r["p"]:
                     r["g"] = 1
                     first[r["id"]] = (now, r["hit"])
@@ -209,30 +313,69 @@ def submissions(drawn):
     return result
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None)
-@given(REQUESTS, st.integers(5, 30), st.integers(1, 5))
-def test_with_room_for_all_it_agrees_with_a_naive_engine(drawn, budget, seqs):
-    model = engine(max_batched_tokens=budget + seqs, max_num_seqs=seqs, kv_blocks=1000)
+@given(drawn=REQUESTS, budget=st.integers(5, 30), seqs=st.integers(1, 5))
+def test_with_room_for_all_it_agrees_with_a_naive_engine(backend, drawn, budget, seqs):
+    model = new_engine(backend, max_batched_tokens=budget + seqs, max_num_seqs=seqs, kv_blocks=1000)
     first, ends, _ = run(model, submissions(drawn))
     naive_first, naive_ends = NaiveEngine(budget + seqs, seqs, 4).run(submissions(drawn))
     assert {i: (pytest.approx(t), c) for i, (t, c) in naive_first.items()} == first
     assert {i: pytest.approx(t) for i, t in naive_ends.items()} == ends
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None)
-@given(REQUESTS, st.integers(5, 30), st.integers(1, 5), st.integers(8, 20))
-def test_in_little_memory_everyone_finishes_once_and_events_tell_the_cache(drawn, budget, seqs, blocks):
-    model = engine(max_batched_tokens=budget + seqs, max_num_seqs=seqs, kv_blocks=blocks)
+@given(drawn=REQUESTS, budget=st.integers(5, 30), seqs=st.integers(1, 5), blocks=st.integers(8, 20))
+def test_in_little_memory_everyone_finishes_once_and_events_tell_the_cache(
+    backend, drawn, budget, seqs, blocks
+):
+    model = new_engine(backend, max_batched_tokens=budget + seqs, max_num_seqs=seqs, kv_blocks=blocks)
     first, ends, changes = run(model, submissions(drawn))
     assert set(first) == set(ends) == set(range(len(drawn)))
     assert all(first[i][0] <= ends[i] for i in ends)
-    cached = set()
+    copies = Counter()
     for change in changes:
         if change.stored:
-            assert change.parent is None or change.parent in cached
-            assert not cached & set(change.keys.tolist())
-            cached |= set(change.keys.tolist())
+            assert change.parent is None or change.parent in copies
+            copies.update(change.keys.tolist())
         else:
-            assert set(change.keys.tolist()) <= cached
-            cached -= set(change.keys.tolist())
-    assert cached == model.cached_keys()
+            copies.subtract(change.keys.tolist())
+            assert min(copies.values()) >= 0
+            copies = +copies
+    assert set(copies) == model.cached_keys()
+
+
+@settings(deadline=None)
+@given(
+    drawn=REQUESTS,
+    budget=st.integers(0, 30),
+    seqs=st.integers(1, 5),
+    blocks=st.integers(8, 20),
+    block_size=st.sampled_from([1, 4]),
+    watermark=st.sampled_from([0.0, 0.2]),
+)
+def test_the_twins_take_the_same_steps(drawn, budget, seqs, blocks, block_size, watermark):
+    """Every time, hit and change, also of answers under keys, in engines that run out of memory."""
+    limits = {
+        "block_size": block_size,
+        "max_batched_tokens": budget + seqs,
+        "max_num_seqs": seqs,
+        "kv_blocks": blocks * 4 // block_size + 4,
+        "watermark_ratio": watermark,
+    }
+    seen = []
+    for backend in BACKENDS:
+        model = new_engine(backend, **limits)
+        with_answers = []
+        for time, i, _, prompt, output in submissions(drawn):
+            shared = drawn[i][1]
+            n = (prompt + output - 1) // block_size
+            names = [
+                hash((block_size, *shared[: b + 1], *([i] if b >= len(shared) else []), b)) for b in range(n)
+            ]
+            with_answers.append((time, i, keys(*(name % 2**64 for name in names)), prompt, output))
+        first, ends, changes = run(model, with_answers)
+        told = [(c.keys.tolist(), c.parent, c.stored) for c in changes]
+        seen.append((first, ends, told, model.preemptions))
+    assert seen[0] == seen[-1]

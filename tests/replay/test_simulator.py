@@ -17,11 +17,6 @@ from mulsched.replay.report import noise_floor, records, to_csv, to_json
 PROFILE = builtin_profile()
 
 
-@pytest.fixture(scope="module")
-def chat():
-    return synthetic_trace("chat", duration_s=60, seed=4, rate_per_s=8)
-
-
 def run(trace, policy="lmetric", **options):
     return replay(trace, policy, **({"profile": PROFILE, "instances": 3} | options))
 

@@ -1,0 +1,138 @@
+"""The native replay against its twin, which drives the production Router: equal to the last bit."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from backends import BACKENDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mulsched import policies
+from mulsched.errors import NonFiniteScore
+from mulsched.policies import Policy
+from mulsched.replay import Disaggregation, Profile, Roofline, Trace, builtin_profile, replay, simulator
+from mulsched.replay._replay_py import run_replay as run_python
+
+SMALL = Profile("small", Roofline(), block_size=4, max_batched_tokens=24, max_num_seqs=4, kv_blocks=40)
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.floats(0, 0.1),  # gap
+        st.lists(st.integers(0, 1), max_size=6),  # path
+        st.integers(0, 3),  # tokens beyond the last block
+        st.integers(1, 20),  # output
+        st.integers(-1, 3),  # session
+        st.booleans(),  # follows the session's request before
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def trace_of(drawn):
+    """Chained ids from a small alphabet, so that prefixes are shared; 8-token blocks, two of the engine's."""
+    n = len(drawn)
+    ids = [
+        [2**d + int("0" + "".join(map(str, p[:d])), 2) for d in range(1, len(p) + 1)] for _, p, *_ in drawn
+    ]
+    session = np.array([s for *_, s, _ in drawn])
+    previous = np.full(n, -1)
+    for i, (*_, s, follows) in enumerate(drawn):
+        before = np.flatnonzero(session[:i] == s)
+        if follows and s >= 0 and len(before):
+            previous[i] = before[-1]
+    return Trace(
+        name="drawn",
+        block_size=8,
+        arrival_s=np.cumsum([gap for gap, *_ in drawn]),
+        prompt_tokens=np.array([max(1, 8 * len(path) + rest) for _, path, rest, *_ in drawn]),
+        output_tokens=np.array([output for _, _, _, output, *_ in drawn]),
+        run_start=np.array([i for path in ids for i in path], dtype=np.int64),
+        run_length=np.ones(sum(map(len, ids)), dtype=np.int64),
+        run_offset=np.concatenate([[0], np.cumsum([len(path) for path in ids])]),
+        session=session,
+        previous=previous,
+        think_s=np.where(previous >= 0, 0.01, 0.0),
+    )
+
+
+def outcome(result):
+    told = {f.name: getattr(result, f.name) for f in fields(result)}
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in told.items()}
+
+
+def twins(trace, policy, **options):
+    """Results of both twins, or of one where only that is there."""
+    results = []
+    for backend in BACKENDS:
+        with pytest.MonkeyPatch.context() as patch:
+            if backend == "python":
+                patch.setattr(simulator, "run_replay", run_python)
+            results.append(outcome(replay(trace, policy, **({"profile": SMALL, "instances": 3} | options))))
+    return results
+
+
+@settings(deadline=None)
+@given(
+    drawn=REQUESTS,
+    policy=st.sampled_from(policies.names()),
+    loop=st.sampled_from(["open", "closed"]),
+    cache_source=st.sampled_from(["events", "predicted"]),
+    ties=st.sampled_from([None, "random", "first"]),
+    delay=st.sampled_from([0.0, 0.03]),
+    loss=st.sampled_from([0.0, 0.3]),
+    split=st.sampled_from([None, Disaggregation(1), Disaggregation(2, "lmetric", 1e-4)]),
+    blocks=st.sampled_from([20, 200]),
+    seed=st.integers(-5, 5),
+)
+def test_the_twins_agree_on_every_request(
+    drawn, policy, loop, cache_source, ties, delay, loss, split, blocks, seed
+):
+    options = {
+        "loop": loop,
+        "cache_source": cache_source,
+        "ties": ties,
+        "state_delay_s": delay,
+        "event_loss_ratio": loss,
+        "disaggregation": split,
+        "kv_blocks": blocks,
+        "seed": seed,
+    }
+    first, *others = twins(trace_of(drawn), policy, **options)
+    assert others in ([], [first])
+
+
+def test_a_step_time_of_ones_own_is_called(chat):
+    roofline = Roofline()
+    mine = Profile("mine", lambda *load: roofline(*load))
+    first, *others = twins(chat, "lmetric", profile=mine)
+    same = twins(chat, "lmetric", profile=builtin_profile())[0]
+    assert others in ([], [first])
+    assert first["finish_s"] == same["finish_s"]
+
+
+def test_an_error_in_a_policy_comes_out_of_the_replay(chat):
+    broken = Policy(name="broken", score=lambda columns: np.full(len(columns), np.nan))
+    for backend in BACKENDS:
+        with pytest.MonkeyPatch.context() as patch:
+            if backend == "python":
+                patch.setattr(simulator, "run_replay", run_python)
+            with pytest.raises(NonFiniteScore, match="policy 'broken' gave nan for instance 'instance-0'"):
+                replay(chat, broken, profile=SMALL, instances=3, kv_blocks=20_000)
+
+
+def test_an_error_in_a_step_time_comes_out_of_the_replay(chat):
+    def failing(*load):
+        raise ZeroDivisionError("no time")
+
+    with pytest.raises(ZeroDivisionError, match="no time"):
+        replay(chat, "lmetric", profile=Profile("failing", failing), instances=3)
+
+
+def test_an_error_in_the_progress_callback_stops_the_replay(chat):
+    def progress(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replay(chat, "lmetric", profile=builtin_profile(), instances=3, progress=progress)
