@@ -287,8 +287,7 @@ class PrefixTree {
     for_each_node([&](NodeId id, const Node& n) {
       const std::string where = "node " + std::to_string(id);
       ++nodes;
-      if (n.keys.empty() || node(n.parent).children.find(n.keys.empty() ? 0 : n.keys[0]) != id ||
-          n.start != node(n.parent).end())
+      if (n.keys.empty() || node(n.parent).children.find(n.keys[0]) != id || n.start != node(n.parent).end())
         fail(1, where);
       for (std::size_t i = 0; i < n.holders.size(); ++i) {
         const Row row = n.holders[i].row;

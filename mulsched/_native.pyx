@@ -1,8 +1,9 @@
 """The native core: a shim on csrc/ that checks buffers, owns memory and translates errors.
 
 The algorithms are in csrc/*.hpp; the readable twins in _prefix_index_py.py, _block_keys_py.py and
-_columns_py.py. The GIL is released for work beyond about 10 microseconds. A thread may wait for the index
-while it holds the GIL: the thread that has the index never asks for the GIL before it gives it back.
+_columns_py.py. The GIL is released for long stores and removals, long prompts to hash and walks of the
+whole tree; a match or a pick, about 10 microseconds for 8,192 blocks, keeps it. A thread may wait for the
+index while it holds the GIL: the thread that has the index never asks for the GIL before it gives it back.
 """
 
 cimport cython
@@ -382,7 +383,7 @@ cdef class PrefixIndex:
         cdef int64_t known
         if n <= STORE_BLOCKS_WITH_GIL:
             return self.index.get().remove_named(row, names, n)
-        with nogil:
+        with nogil:  # without a copy: each name is looked up once, so one that changes meanwhile does no harm
             known = self.index.get().remove_named(row, names, n)
         return known
 
@@ -416,25 +417,34 @@ cdef class PrefixIndex:
 
     def memory(self):
         """Return bytes allocated, by part."""
-        cdef CMemory m = self.index.get().memory()
+        cdef CMemory m
+        with nogil:
+            m = self.index.get().memory()
         return {"nodes": m.nodes, "edges": m.edges, "holders": m.holders, "blocks": m.blocks,
                 "names": m.names, "total": m.nodes + m.edges + m.holders + m.blocks + m.names}
 
     def check(self):
         """Raise AssertionError with the number of an invariant that does not hold."""
-        cdef string broken = self.index.get().check()
+        cdef string broken
+        with nogil:
+            broken = self.index.get().check()
         if not broken.empty():
             raise AssertionError(broken.decode())
 
     def edges(self):
         """Return every node in depth-first order: (start depth, keys, holder rows)."""
-        cdef vector[CEdge] edges = self.index.get().edges()
+        cdef vector[CEdge] edges
         cdef size_t i
+        with nogil:
+            edges = self.index.get().edges()
         return [(edges[i].start, edges[i].keys, edges[i].rows) for i in range(edges.size())]
 
     def lru(self, uint32_t row):
         """Return the key paths of the row's nodes, next to be evicted first."""
-        return self.index.get().lru(row)
+        cdef vector[vector[uint64_t]] paths
+        with nogil:
+            paths = self.index.get().lru(row)
+        return paths
 
 
 # -- columns and the fused pick -------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def _check_positive(value: Any, name: str) -> int:
 def namespace_seed(namespace: Namespace | None, seed: int = DEFAULT_SEED) -> int:
     """Return the seed of a namespace's keys, in 0..2**64-1.
 
-    Raises InvalidType (not a Namespace, not an int), InvalidArgument (seed outside 64 bits).
+    Raises InvalidType (not a Namespace, not an int), InvalidArgument (seed outside 64 bits,
+    a lone surrogate).
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise InvalidType(f"seed must be an int, got {type(seed).__name__}")
@@ -56,20 +57,30 @@ def namespace_seed(namespace: Namespace | None, seed: int = DEFAULT_SEED) -> int
         return int(seed)
     if not isinstance(namespace, Namespace):
         raise InvalidType(f"namespace must be a Namespace or None, got {type(namespace).__name__}")
-    fields = (namespace.lora, namespace.model, namespace.cache_salt)
-    for name, value in zip(("lora", "model", "cache_salt"), fields, strict=True):
-        if value is not None and not isinstance(value, str):
-            raise InvalidType(f"{name} of a namespace must be a str or None, got {type(value).__name__}")
-    if fields[1:] == (None, None):
-        if namespace.lora is None:
-            return int(seed)
-        return (int(seed) + xxhash.xxh3_64_intdigest(namespace.lora.encode())) % 2**64
+    lora, model, cache_salt = (
+        _encode_field(name, getattr(namespace, name)) for name in ("lora", "model", "cache_salt")
+    )
+    if model is None and cache_salt is None:
+        return int(seed) if lora is None else (int(seed) + xxhash.xxh3_64_intdigest(lora)) % 2**64
     # Each field is preceded by its length, so that no two different namespaces encode alike.
     encoded = b"".join(
-        b"\xff" if value is None else len(value.encode()).to_bytes(8, "little") + value.encode()
-        for value in fields
+        b"\xff" if field is None else len(field).to_bytes(8, "little") + field
+        for field in (lora, model, cache_salt)
     )
     return xxhash.xxh3_64_intdigest(encoded, seed=int(seed))
+
+
+def _encode_field(name: str, value: Any) -> bytes | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidType(f"{name} of a namespace must be a str or None, got {type(value).__name__}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"{name} of a namespace must be valid Unicode, got a lone surrogate at {error.start}"
+        ) from None
 
 
 def block_keys(
@@ -91,6 +102,10 @@ def block_keys(
     """
     keys = hash_blocks(tokens, _check_positive(block_size, "block_size"), namespace_seed(namespace, seed))
     if extra_keys is not None:
+        if not isinstance(extra_keys, Sequence):
+            raise InvalidType(
+                f"extra_keys must be a sequence of bytes or None, got {type(extra_keys).__name__}"
+            )
         if len(extra_keys) != len(keys):
             raise InvalidArgument(f"{len(keys)} blocks need as many extra_keys, got {len(extra_keys)}")
         for position, extra in enumerate(extra_keys):

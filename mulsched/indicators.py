@@ -176,11 +176,13 @@ class Columns:
 
     def take(self, mask: NDArray[np.bool_]) -> "Columns":
         """Return the candidates where ``mask`` (``(n,)`` bool) is true."""
+        table = self.table[:, mask]
+        table.setflags(write=False)
         return Columns(
             request=self.request,
             instances=[name for name, keep in zip(self.instances, mask.tolist(), strict=True) if keep],
             rows=self.rows[mask],
-            table=self.table[:, mask],
+            table=table,
             decision=self.decision,
             block_size=self.block_size,
             seed=self.seed,

@@ -39,12 +39,15 @@ from mulsched.errors import (
 )
 from mulsched.types import Keys
 
-__all__ = ["LOAD_COLUMNS", "Booking", "LoadTable"]
+__all__ = ["LOAD_COLUMNS", "Booking", "LoadTable", "check_count"]
 
 LOAD_COLUMNS = ("queued_prefill_tokens", "running", "waiting", "context_tokens", "last_chosen")
 """Names of the rows of ``LoadTable.table``."""
 
 _QUEUED, _RUNNING, _WAITING, _CONTEXT, _LAST_CHOSEN = range(5)
+
+# Sums of millions of such counts fit into int64. Arbitrary: a million prompts of a million tokens.
+_COUNT_LIMIT = 2**40
 
 
 @dataclass(slots=True)
@@ -69,11 +72,13 @@ def check_now(now: Any) -> None:
         raise InvalidArgument(f"now must be finite, got {now}")
 
 
-def _check_count(value: Any, name: str) -> int:
+def check_count(value: Any, name: str, *, least: int = 0) -> int:
+    """Return a count of tokens or requests as int. Raises InvalidType, InvalidArgument (out of range)."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise InvalidType(f"{name} must be an int, got {type(value).__name__}")
-    if value < 0:
-        raise InvalidArgument(f"{name} must be at least 0, got {value}")
+    if not least <= value < _COUNT_LIMIT:
+        wanted = f"at least {least}" if value < least else "below 2**40"
+        raise InvalidArgument(f"{name} must be {wanted}, got {value}")
     return int(value)
 
 
@@ -204,7 +209,7 @@ class LoadTable:
         """Reconcile the row with what its instance reports; None leaves that quantity as it was.
 
         ``running`` and ``waiting`` belong together. See the module's docstring for the rule.
-        Raises InvalidType, InvalidArgument (negative; one of running and waiting without the other).
+        Raises InvalidType, InvalidArgument (outside 0..2**40-1; running without waiting or the reverse).
         """
         if (running is None) != (waiting is None):
             raise InvalidArgument(
@@ -212,10 +217,10 @@ class LoadTable:
             )
         counts = None
         if running is not None:
-            counts = (_check_count(running, "running"), _check_count(waiting, "waiting"))
+            counts = (check_count(running, "running"), check_count(waiting, "waiting"))
         queued = None
         if queued_prefill_tokens is not None:
-            queued = _check_count(queued_prefill_tokens, "queued_prefill_tokens")
+            queued = check_count(queued_prefill_tokens, "queued_prefill_tokens")
         booked = self.table[:3, row] - self._foreign[:, row]
         foreign = self._foreign[:, row].copy()
         if counts is not None:

@@ -9,7 +9,14 @@ from numpy.typing import NDArray
 
 from mulsched import policies
 from mulsched._backend import BACKEND
-from mulsched.block_keys import DEFAULT_SEED, Tokens, block_keys, namespace_seed, text_block_keys
+from mulsched.block_keys import (
+    DEFAULT_SEED,
+    Tokens,
+    block_keys,
+    engine_hash,
+    namespace_seed,
+    text_block_keys,
+)
 from mulsched.decision import Decision
 from mulsched.errors import (
     BlockSizeMismatch,
@@ -18,10 +25,9 @@ from mulsched.errors import (
     InvalidType,
     NoEligibleInstance,
     UnknownBlock,
-    UnknownInstance,
 )
 from mulsched.indicators import COLUMNS, Columns, fill_columns
-from mulsched.load import Booking, LoadTable, check_now
+from mulsched.load import Booking, LoadTable, check_count, check_now
 from mulsched.policies import Policy, Ties
 from mulsched.policies._policy import select as select_composed
 from mulsched.prefix_index import PrefixIndex, as_hashes, as_keys
@@ -183,6 +189,7 @@ class Router:
     def _refresh_candidates(self) -> None:
         self._names = self._index.instances
         self._rows = np.array([self._index.row(name) for name in self._names], dtype=np.int64)
+        self._rows.setflags(write=False)  # every decision's columns have them
 
     # -- decisions ---------------------------------------------------------------------------------
 
@@ -294,6 +301,8 @@ class Router:
         Raises DuplicateRequest, UnknownInstance (removed meanwhile), InvalidType, InvalidArgument.
         """
         check_now(now)
+        if not isinstance(decision, Decision):
+            raise InvalidType(f"decision must be a Decision, got {type(decision).__name__}")
         with self._lock:
             row = self._index.row(decision.instance)
             self._load.check_new(request_id)
@@ -315,10 +324,7 @@ class Router:
 
     def _check_path(self, keys: Keys, prompt_tokens: int) -> Keys:
         path = as_keys(keys).copy()  # a booking keeps them; the caller may use the array again
-        if isinstance(prompt_tokens, bool) or not isinstance(prompt_tokens, int | np.integer):
-            raise InvalidType(f"prompt_tokens must be an int, got {type(prompt_tokens).__name__}")
-        if prompt_tokens < 1:
-            raise InvalidArgument(f"prompt_tokens must be at least 1, got {prompt_tokens}")
+        check_count(prompt_tokens, "prompt_tokens", least=1)
         if len(path) != prompt_tokens // self._block_size:
             raise InvalidArgument(
                 f"{prompt_tokens} prompt tokens have {prompt_tokens // self._block_size} whole blocks of "
@@ -349,6 +355,8 @@ class Router:
         now: float | None,
     ) -> Decision:
         check_now(now)
+        if session is not None and not isinstance(session, str):
+            raise InvalidType(f"session must be a str or None, got {type(session).__name__}")
         names, rows = self._candidates(candidates)
         columns = Columns(
             request=Request(prompt_tokens, keys, request_id, session),
@@ -374,12 +382,15 @@ class Router:
                 columns.table, scores, self._fused, self._decision,
             )  # fmt: skip
             if position >= 0:
+                columns.table.setflags(write=False)
                 return position, scores
             # a score that is not finite: the composed path says which
         fill_columns(
             index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
             columns.table,
         )  # fmt: skip
+        # a score that computes in place would change what is booked
+        columns.table.setflags(write=False)
         return select_composed(self._policy, columns, self._ties)
 
     def _route(
@@ -399,12 +410,12 @@ class Router:
     def _book(self, decision: Decision, row: int, request_id: Hashable, now: float | None) -> None:
         request = decision.columns.request
         booking = Booking(row, decision.new_prefill_tokens, request.prompt_tokens, request.keys, now)
+        if self._policy.on_dispatch is not None:  # first: if it raises, nothing is booked
+            self._policy.on_dispatch(decision.columns, decision.position)
         self._load.dispatch(request_id, booking, decision=self._decision)
         self._decision += 1
         if self._in_flight is not None:
             self._in_flight.store(decision.instance, request.keys)
-        if self._policy.on_dispatch is not None:
-            self._policy.on_dispatch(decision.columns, decision.position)
 
     # -- the life of a request ---------------------------------------------------------------------
 
@@ -531,49 +542,48 @@ class Router:
             return []
 
     def _apply_stored(self, event: BlockStored) -> None:
-        if event.instance not in self._index:
-            raise UnknownInstance(f"unknown instance {event.instance!r} in a BlockStored event")
+        self._index.row(event.instance)
         if event.block_size != self._block_size:
             raise BlockSizeMismatch(
-                f"instance {event.instance!r} stores blocks of {event.block_size} tokens, "
+                f"instance {event.instance!r} stores blocks of {event.block_size!r} tokens, "
                 f"the router's are {self._block_size}"
             )
-        keys, hashes = self._event_keys(event), as_hashes(event.block_hashes)
-        if event.instance in self._predicted and event.parent_hash is not None:
-            raise UnknownBlock(
-                f"instance {event.instance!r} holds no block with engine hash {event.parent_hash!r}"
-            )
+        hashes = as_hashes(event.block_hashes)
+        keys = self._event_keys(event, len(hashes))
+        if event.parent_hash is not None:
+            engine_hash(event.parent_hash)
+            if event.instance in self._predicted:
+                raise UnknownBlock(
+                    f"instance {event.instance!r} holds no block with engine hash {event.parent_hash!r}"
+                )
         self._observe(event.instance)
         self._index.store(event.instance, keys, parent=event.parent_hash, engine_hashes=hashes)
 
-    def _event_keys(self, event: BlockStored) -> Keys:
+    def _event_keys(self, event: BlockStored, n_blocks: int) -> Keys:
         if (event.token_ids is None) == (event.block_keys is None):
             raise InvalidArgument("a BlockStored event needs either token_ids or block_keys")
         if event.token_ids is None:
-            assert event.block_keys is not None
             keys = as_keys(event.block_keys, "block_keys")
-        else:
-            wanted = len(event.block_hashes) * self._block_size
-            if len(event.token_ids) != wanted:
-                raise InvalidArgument(
-                    f"{len(event.block_hashes)} blocks of {self._block_size} need {wanted} token_ids, "
-                    f"got {len(event.token_ids)}"
-                )
-            keys = block_keys(
-                event.token_ids,
-                self._block_size,
-                namespace=event.namespace,
-                seed=self._key_seed,
-                extra_keys=event.extra_keys,
-            )
-        if len(keys) != len(event.block_hashes):
+            if len(keys) != n_blocks:
+                raise InvalidArgument(f"{n_blocks} block_hashes need as many keys, got {len(keys)}")
+            return keys
+        keys = block_keys(
+            event.token_ids,
+            self._block_size,
+            namespace=event.namespace,
+            seed=self._key_seed,
+            extra_keys=event.extra_keys,
+        )
+        if len(event.token_ids) != n_blocks * self._block_size:
             raise InvalidArgument(
-                f"{len(event.block_hashes)} block_hashes need as many keys, got {len(keys)}"
+                f"{n_blocks} blocks of {self._block_size} need {n_blocks * self._block_size} token_ids, "
+                f"got {len(event.token_ids)}"
             )
         return keys
 
     def _observe(self, instance: str) -> None:
         """Switch an instance from predicted to observed, once."""
+        self._index.row(instance)  # refuses one that is not there
         if instance in self._predicted:
             self._index.reset(instance, engine_hashes=True)
             self._predicted.discard(instance)

@@ -162,6 +162,9 @@ def test_what_is_no_token_is_named_with_its_place(hashing, tokens, error, messag
         ({"namespace": "lora"}, InvalidType, "namespace must be a Namespace or None, got str"),
         ({"namespace": Namespace(lora=5)}, InvalidType, "lora of a namespace must be a str or None, got int"),
         ({"extra_keys": [None]}, InvalidArgument, "2 blocks need as many extra_keys, got 1"),
+        ({"extra_keys": 2}, InvalidType, "sequence of bytes or None, got int"),
+        ({"namespace": Namespace(lora="a\ud800")}, InvalidArgument, "lora .* lone surrogate at 1"),
+        ({"namespace": Namespace(cache_salt="\ud800")}, InvalidArgument, "cache_salt .* lone surrogate at 0"),
         ({"extra_keys": [None, "img"]}, InvalidType, "bytes or None, got str at position 1"),
     ],
 )

@@ -201,6 +201,12 @@ def test_a_later_report_replaces_the_foreign_load():
         ({"running": 1}, InvalidArgument, "reported together, got running=1, waiting=None"),
         ({"running": 1.5, "waiting": 0}, InvalidType, "running must be an int, got float"),
         ({"running": True, "waiting": 0}, InvalidType, "running must be an int, got bool"),
+        (
+            {"running": 1, "waiting": 2**40},
+            InvalidArgument,
+            r"waiting must be below 2\*\*40, got 1099511627776",
+        ),
+        ({"queued_prefill_tokens": 2**70}, InvalidArgument, r"queued_prefill_tokens must be below 2\*\*40"),
         ({"queued_prefill_tokens": -5}, InvalidArgument, "queued_prefill_tokens must be at least 0, got -5"),
         (
             {"running": 4, "waiting": 4, "queued_prefill_tokens": float("nan")},

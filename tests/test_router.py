@@ -239,7 +239,8 @@ def test_seeded_ties_differ_between_seeds_and_repeat():
         Linear({"p_tokens": 0.1, "batch_size": 3.7, "waiting": -0.3}),
     ],
 )
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize(("ties", "seed"), [("least_recent", 0), ("first", 0), ("random", -5)])
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -251,12 +252,11 @@ def test_seeded_ties_differ_between_seeds_and_repeat():
     ),
     st.sampled_from(["ignore", "cached"]),
 )
-def test_the_fused_path_equals_the_composed_one_to_the_bit(policy, requests, in_flight):
-    fused = router("a", "b", "c", "d", policy=policy, block_size=2, cache_blocks=9, in_flight=in_flight)
+def test_the_fused_path_equals_the_composed_one_to_the_bit(policy, ties, seed, requests, in_flight):
+    options = {"block_size": 2, "cache_blocks": 9, "in_flight": in_flight, "ties": ties, "seed": seed}
+    fused = router("a", "b", "c", "d", policy=policy, **options)
     # a bare callable is never fused
-    composed = router(
-        "a", "b", "c", "d", policy=lambda c: policy(c), block_size=2, cache_blocks=9, in_flight=in_flight
-    )
+    composed = router("a", "b", "c", "d", policy=lambda c: policy(c), **options)
     assert (fused._fused is not None) == (mulsched.BACKEND == "native")
     assert composed._fused is None
     for i, (tokens, stage, candidates) in enumerate(requests):
@@ -272,6 +272,50 @@ def test_the_fused_path_equals_the_composed_one_to_the_bit(policy, requests, in_
         assert one.scores.tobytes() == other.scores.tobytes()
         assert (one.columns.table == other.columns.table).all()
     assert [fused.load(x) for x in "abcd"] == [composed.load(x) for x in "abcd"]
+
+
+def _in_place(columns):
+    tokens = columns.p_tokens
+    tokens *= 20
+    return tokens
+
+
+def _rows_in_place(columns):
+    columns.rows[:] = 0
+    return columns.p_tokens
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        _in_place,
+        _rows_in_place,
+        Policy(name="p", score=_in_place, filters=(lambda c: c.rows > 0,)),
+        Policy(name="p", score=lambda c: c.p_tokens, filters=(lambda c: _in_place(c) > 0,)),
+    ],
+)
+def test_a_score_that_writes_to_its_columns_raises_and_books_nothing(policy):
+    r = router(policy=policy)
+    with pytest.raises(ValueError, match="read-only"):
+        r.route(PROMPT, request_id=1)
+    assert [r.load(name)["waiting"] for name in r.instances] == [0, 0]
+    assert r._rows.tolist() == [0, 1]
+
+
+def test_the_columns_of_a_decision_are_read_only():
+    for policy in ("lmetric", "vllm"):
+        assert not router(policy=policy).select(PROMPT).columns.p_tokens.flags.writeable
+
+
+def test_a_policy_that_raises_when_told_books_nothing():
+    def refuse(columns, position):
+        raise RuntimeError("refused")
+
+    r = router("a", policy=Policy(name="p", score=lambda c: c.p_tokens, on_dispatch=refuse))
+    before = state(r)
+    with pytest.raises(RuntimeError, match="refused"):
+        r.route(PROMPT, request_id=1)
+    assert state(r) == before
 
 
 def test_a_score_that_is_not_finite_raises_and_books_nothing():
@@ -484,6 +528,16 @@ def test_a_removal_event_of_an_instance_returns_its_requests():
         (stored(tokens=[1, 2, 3, -4], block_hashes=[1]), InvalidTokens, "got -4 at position 3"),
         (stored(tokens=PROMPT[:4], block_hashes=["x"]), InvalidType, "int or bytes, got str"),
         (BlockRemoved("a", ["x"]), InvalidType, "int or bytes, got str"),
+        (stored(block_hashes=None), InvalidType, "sequence of int or bytes, got NoneType"),
+        (BlockRemoved("a", None), InvalidType, "sequence of int or bytes, got NoneType"),
+        (stored(token_ids=5), InvalidType, "list, tuple, array or buffer of integers, got int"),
+        (stored(token_ids=None, block_keys=5), InvalidType, "sequence of 64-bit integers, got int"),
+        (stored(extra_keys=5), InvalidType, "extra_keys must be a sequence of bytes or None, got int"),
+        (stored(parent=1.5), InvalidType, "int or bytes, got float"),
+        (stored(block_size="4"), BlockSizeMismatch, "stores blocks of '4' tokens"),
+        (stored([]), UnknownInstance, r"unknown instance \[\]"),
+        (BlockRemoved([], [1]), UnknownInstance, r"unknown instance \[\]"),
+        (CacheCleared([]), UnknownInstance, r"unknown instance \[\]"),
         ("stored", InvalidType, "an engine event expected, got str"),
     ],
 )
@@ -563,12 +617,18 @@ def test_a_router_refuses_bad_options(options, error, message):
             "iterable of instances, got int",
         ),
         (lambda r: r.route(PROMPT, request_id=9, namespace="x"), InvalidType, "must be a Namespace or None"),
+        (lambda r: r.route(PROMPT, request_id=9, session=7), InvalidType, "session must be a str or None"),
         (
             lambda r: r.route_keys([1], prompt_tokens=100, request_id=9),
             InvalidArgument,
             "25 whole blocks of 4, got 1",
         ),
         (lambda r: r.route_keys([], prompt_tokens=0, request_id=9), InvalidArgument, "at least 1, got 0"),
+        (
+            lambda r: r.route_keys([], prompt_tokens=2**40, request_id=9),
+            InvalidArgument,
+            r"prompt_tokens must be below 2\*\*40",
+        ),
         (
             lambda r: r.route_keys([], prompt_tokens=1.5, request_id=9),
             InvalidType,
@@ -580,6 +640,7 @@ def test_a_router_refuses_bad_options(options, error, message):
             InvalidArgument,
             "now must be finite",
         ),
+        (lambda r: r.dispatch("a", request_id=9), InvalidType, "decision must be a Decision, got str"),
         (lambda r: r.expire(now=NAN, older_than_s=1), InvalidArgument, "must be finite, got nan"),
         (lambda r: r.expire(now=1, older_than_s=-1), InvalidArgument, "at least 0, got -1"),
         (lambda r: r.report_load("x", running=1, waiting=1), UnknownInstance, "unknown instance 'x'"),

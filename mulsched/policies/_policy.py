@@ -32,7 +32,7 @@ class Policy:
 
     ``on_dispatch(columns, position)`` is told of every booked decision, with all the candidates'
     columns and the position of the chosen one in them. A policy that keeps state keeps it there; scores
-    and filters only read. ``source`` says where the rule is from.
+    and filters only read. ``source`` says where the rule is from. Raises InvalidType, InvalidArgument.
     """
 
     name: str
@@ -43,8 +43,18 @@ class Policy:
     source: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InvalidType(f"the name of a policy must be a str, got {type(self.name).__name__}")
         if not callable(self.score):
             raise InvalidType(f"score of policy {self.name!r} must be callable, got {self.score!r}")
+        if not isinstance(self.filters, tuple) or not all(map(callable, self.filters)):
+            raise InvalidType(
+                f"filters of policy {self.name!r} must be a tuple of callables, got {self.filters!r}"
+            )
+        if self.on_dispatch is not None and not callable(self.on_dispatch):
+            raise InvalidType(
+                f"on_dispatch of policy {self.name!r} must be callable or None, got {self.on_dispatch!r}"
+            )
         if self.ties not in get_args(Ties):
             raise InvalidArgument(f"ties must be 'least_recent', 'random' or 'first', got {self.ties!r}")
 

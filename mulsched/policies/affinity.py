@@ -115,11 +115,15 @@ class _Ring:
     def _key(self, columns: Columns) -> int:
         request = columns.request
         if request.session:
-            return xxhash.xxh3_64_intdigest(request.session.encode())
+            # any str names a session, a lone surrogate from a client's JSON included
+            return xxhash.xxh3_64_intdigest(request.session.encode(errors="surrogatepass"))
         return xxhash.xxh3_64_intdigest(request.keys[: self._prefix_blocks].tobytes())
 
     def _hash_points(self, name: str) -> NDArray[np.uint64]:
-        points = [xxhash.xxh3_64_intdigest(f"{name}#{i}".encode()) for i in range(self._virtual_nodes)]
+        points = [
+            xxhash.xxh3_64_intdigest(f"{name}#{i}".encode(errors="surrogatepass"))
+            for i in range(self._virtual_nodes)
+        ]
         return np.array(points, dtype=np.uint64)
 
 

@@ -11,7 +11,7 @@ from columns import choose, columns, make_columns, reorder, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mulsched import policies
+from mulsched import Router, policies
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,12 @@ def test_few_sessions_move_when_an_instance_leaves():
     moved = [s for s in before if before[s] != after[s]]
     assert all(before[s] == "gpu-7" for s in moved)
     assert homes(names) == before
+
+
+def test_any_str_is_a_session_or_an_instance_on_the_ring():
+    r = Router(policy="consistent_hash_bounded")
+    r.add_instance("\ud800")
+    assert r.select([1], session="\udc00").instance == "\ud800"
 
 
 def test_sessions_spread_over_the_ring():

@@ -169,6 +169,13 @@ def test_a_policy_checks_what_it_is_made_of():
         Policy(name="p", score=3)
     with pytest.raises(InvalidArgument, match="ties must be"):
         Policy(name="p", score=zeros, ties="coin")
+    with pytest.raises(InvalidType, match="the name of a policy must be a str, got int"):
+        Policy(name=3, score=zeros)
+    for filters in (zeros, [zeros], (zeros, None)):
+        with pytest.raises(InvalidType, match="filters of policy 'p' must be a tuple of callables"):
+            Policy(name="p", score=zeros, filters=filters)
+    with pytest.raises(InvalidType, match="on_dispatch of policy 'p' must be callable or None, got 3"):
+        Policy(name="p", score=zeros, on_dispatch=3)
 
 
 def test_the_registry_builds_a_new_policy_each_time():
