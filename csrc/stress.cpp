@@ -182,7 +182,7 @@ void readers_and_a_writer() {
                                {load.data(), n_rows}, table.data());
         for (std::size_t row = 0; row < n_rows; ++row)
           require(table[row] <= 150 && table[mulsched::kNewPrefillTokens * n_rows + row] >= 1, "a torn read");
-        require(mulsched::score_and_pick(product, table.data(), n_rows, scores.data()) >= 0, "no pick");
+        require(mulsched::score_and_pick(product, mulsched::Ties::kRandom, 1, 0, rows.data(), table.data(), n_rows, scores.data()) >= 0, "no pick");
       }
     });
   std::mt19937_64 rng(7);

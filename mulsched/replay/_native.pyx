@@ -18,11 +18,12 @@ from libcpp.vector cimport vector
 
 import numpy as np
 
-from mulsched.indicators import COLUMNS, Columns
+from mulsched.indicators import Columns
 from mulsched.policies._policy import select
-from mulsched.replay.profile import Roofline
 from mulsched.replay.records import Counts
 from mulsched.replay.step import CacheChange, StepLoad, StepResult
+from mulsched.replay.step_table import StepTable
+from mulsched.replay.step_time import FittedStep, MoeRoofline, Roofline
 from mulsched.scorers import native_form
 from mulsched.types import Request
 
@@ -69,8 +70,16 @@ cdef extern from "step_time.hpp" namespace "mulsched" nogil:
         pass
 
     cdef cppclass CRoofline "mulsched::Roofline"(CStepTime):
-        CRoofline() except +
-        double parameters, kv_bytes, attention_flops, compute, bandwidth, overhead_s
+        double active_parameters, shared_parameters, expert_parameters
+        vector[double] expert_share
+        double kv_bytes, attention_flops, compute, bandwidth, overhead_s
+
+    cdef cppclass CFittedStep "mulsched::FittedStep"(CStepTime):
+        double step_s, decode_s, context_s, prefill_s, new_token_s, attention_s, mixed_decode_s
+
+    cdef cppclass CStepTable "mulsched::StepTable"(CStepTime):
+        vector[double] new_grid, prefix_grid, prefill_s, batch_grid, context_grid, decode_s, decode_floor_s
+        vector[double] mixed_new_grid, mixed_batch_grid, mixed_context_grid, mixed_ratio
 
 cdef extern from "replay.hpp" namespace "mulsched" nogil:
     const size_t kColumns
@@ -283,10 +292,11 @@ cdef class Host:
         cdef int64_t session = self.trace.session[request]
         cdef Py_buffer out
         policy = self.options.policies[p]
-        table = np.empty((len(COLUMNS), n), dtype=np.int64)
+        table = np.empty((kColumns, n), dtype=np.int64)
         PyObject_GetBuffer(table, &out, PyBUF_WRITABLE)
         memcpy(out.buf, pool.table.data(), n * kColumns * sizeof(int64_t))
         PyBuffer_Release(&out)
+        table.setflags(write=False)
         columns = Columns(
             request=Request(int(self.trace.prompt_tokens[request]), keys, request,
                             str(session) if session >= 0 else None),
@@ -341,14 +351,51 @@ cdef double call_step_time(void* host, const CStepLoad& load) noexcept with gil:
         return 1.0
 
 
+cdef CStepTime* roofline_of(object step_time) except NULL:
+    cdef unique_ptr[CRoofline] made = unique_ptr[CRoofline](new CRoofline())
+    cdef CRoofline* roofline = made.get()
+    if type(step_time) is Roofline:  # one expert, which every token uses
+        roofline.active_parameters = roofline.shared_parameters = step_time.parameters
+    else:
+        roofline.active_parameters = step_time.active_parameters
+        roofline.shared_parameters = step_time.shared_parameters
+        roofline.expert_parameters = step_time.expert_parameters
+        roofline.expert_share = step_time.expert_share
+    roofline.kv_bytes, roofline.attention_flops = step_time.kv_bytes, step_time.attention_flops
+    roofline.compute, roofline.bandwidth = step_time.compute, step_time.bandwidth
+    roofline.overhead_s = step_time.overhead_s
+    return made.release()
+
+
+cdef CStepTime* fitted_of(object fitted) except NULL:
+    cdef unique_ptr[CFittedStep] made = unique_ptr[CFittedStep](new CFittedStep())
+    cdef CFittedStep* step = made.get()
+    step.step_s, step.decode_s, step.context_s = fitted.step_s, fitted.decode_s, fitted.context_s
+    step.prefill_s, step.new_token_s = fitted.prefill_s, fitted.new_token_s
+    step.attention_s, step.mixed_decode_s = fitted.attention_s, fitted.mixed_decode_s
+    return made.release()
+
+
+cdef CStepTime* table_of(object grids) except NULL:
+    cdef unique_ptr[CStepTable] made = unique_ptr[CStepTable](new CStepTable())
+    cdef CStepTable* table = made.get()
+    table.new_grid, table.prefix_grid, table.prefill_s = grids.new_grid, grids.prefix_grid, grids.prefill_s
+    table.batch_grid, table.context_grid = grids.batch_grid, grids.context_grid
+    table.decode_s, table.decode_floor_s = grids.decode_s, grids.decode_floor_s
+    table.mixed_new_grid, table.mixed_batch_grid = grids.mixed_new_grid, grids.mixed_batch_grid
+    table.mixed_context_grid, table.mixed_ratio = grids.mixed_context_grid, grids.mixed_ratio
+    return made.release()
+
+
 cdef CStepTime* step_time_of(object step_time, Host host) except NULL:
-    cdef CRoofline* roofline
-    if type(step_time) is Roofline:
-        roofline = new CRoofline()
-        roofline.parameters, roofline.kv_bytes = step_time.parameters, step_time.kv_bytes
-        roofline.attention_flops, roofline.compute = step_time.attention_flops, step_time.compute
-        roofline.bandwidth, roofline.overhead_s = step_time.bandwidth, step_time.overhead_s
-        return roofline
+    """The native form of a step time; one that is not known is called."""
+    kind = type(step_time)
+    if kind is Roofline or kind is MoeRoofline:
+        return roofline_of(step_time)
+    if kind is FittedStep:
+        return fitted_of(step_time)
+    if kind is StepTable:
+        return table_of(step_time)
     return new CPythonStepTime(<void*> host, call_step_time)
 
 

@@ -38,14 +38,6 @@ def test_between_and_beyond_the_points_it_is_bilinear(tmp_path):
     assert step(1, 0, 0, 0) == step(100, 0, 0, 0)  # below the table a step costs what its first row says
 
 
-def test_a_mixed_step_is_both_less_the_shortest_decode(tmp_path):
-    profile = load_profile(table(tmp_path))
-    expected = (5 + 1) + (5 + 2 + 4) - (5 + 0.5 + 0.1)
-    assert profile.step_time(100, 0, 4, 1000) == pytest.approx(expected / 1000)
-    assert profile.step_time.mixed_error == pytest.approx(abs(expected / 10.4 - 1))
-    assert profile.name == "gpu"
-
-
 def test_cells_that_no_memory_holds_are_extended_in_a_line(tmp_path):
     step = load_profile(table(tmp_path, drop=[(8, 2000)])).step_time
     assert step(0, 0, 8, 2000) == pytest.approx((5 + 4 + 16) / 1000)

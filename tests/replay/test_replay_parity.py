@@ -13,6 +13,8 @@ from mulsched.errors import NonFiniteScore
 from mulsched.policies import Policy
 from mulsched.replay import Disaggregation, Profile, Roofline, Trace, builtin_profile, replay, simulator
 from mulsched.replay._replay_py import run_replay as run_python
+from mulsched.replay.step_table import StepTable
+from mulsched.replay.step_time import FittedStep, MoeRoofline, expert_shares
 
 SMALL = Profile("small", Roofline(), block_size=4, max_batched_tokens=24, max_num_seqs=4, kv_blocks=40)
 
@@ -100,6 +102,27 @@ def test_the_twins_agree_on_every_request(
         "seed": seed,
     }
     first, *others = twins(trace_of(drawn), policy, **options)
+    assert others in ([], [first])
+
+
+TABLE = StepTable(
+    prefill={(n, p): 0.004 + 2e-5 * n + 1e-8 * n * p for n in (1, 16, 64) for p in (0, 100, 1000)},
+    decode={(b, c): 0.005 + 1e-4 * b + 1e-8 * b * c for b in (1, 4, 9) for c in (50, 200, 800)},
+    mixed={(n, 0, b, c): 0.006 + 3e-5 * n + 1e-4 * b for n in (8, 32) for b in (2, 8) for c in (100, 400)},
+)
+
+
+@pytest.mark.parametrize(
+    "step_time",
+    [
+        TABLE,
+        FittedStep(0.004, 1e-5, 1e-8, 1e-3, 1e-5, 1e-9, 1e-5),
+        MoeRoofline(3e9, 2e9, 28e9, expert_shares(128, 8), 98_304, 786_432, 6e14, 2.5e12),
+    ],
+    ids=["table", "fitted", "experts"],
+)
+def test_step_times_are_the_same_to_the_last_bit(chat, step_time):
+    first, *others = twins(chat, "lmetric", profile=Profile("any", step_time, max_batched_tokens=300))
     assert others in ([], [first])
 
 
