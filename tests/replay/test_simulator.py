@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mulsched import policies
 from mulsched.errors import InvalidArgument, UnknownPolicy
 from mulsched.policies import Policy
-from mulsched.replay import builtin_profile, replay, replay_many, synthetic_trace
+from mulsched.replay import Disaggregation, Profile, builtin_profile, replay, replay_many, synthetic_trace
 from mulsched.replay.report import noise_floor, records, to_csv, to_json
 
 PROFILE = builtin_profile()
@@ -184,3 +184,69 @@ GOLDEN = {
     "tpot_p99_s": 0.01684,
     "hit_ratio": 0.17067,
 }
+
+
+def test_a_router_that_hears_late_predicts_fewer_hits(chat):
+    at_once, late = run(chat), run(chat, state_delay_s=5.0)
+    assert late.hit_tokens.sum() < at_once.hit_tokens.sum()
+    assert late.state_delay_s == 5.0
+
+
+def test_a_delay_without_end_leaves_the_router_with_its_bookings(chat):
+    deaf = run(chat, state_delay_s=1e9)
+    assert deaf.hit_tokens.sum() == 0
+    # nothing ever ends for it, so it spreads requests as evenly as new tokens and counts allow
+    counts = np.bincount(deaf.instance)
+    assert counts.max() - counts.min() <= len(chat) / 4
+
+
+def test_of_lost_events_the_router_knows_nothing_and_what_follows_them_has_no_place(chat):
+    lossy = run(chat, event_loss_ratio=0.2)
+    assert lossy.lost_messages > 0
+    assert lossy.orphans > 0
+    assert lossy.hit_tokens.sum() < run(chat).hit_tokens.sum()
+    assert run(chat, event_loss_ratio=1.0).hit_tokens.sum() == 0
+
+
+def test_prefill_and_decode_apart_share_no_instance(chat):
+    result = run(chat, instances=4, disaggregation=Disaggregation(1))
+    assert set(result.instance) == {0}
+    assert set(result.decode_instance) == {1, 2, 3}
+    assert result.hit_tokens.sum() > 0
+
+
+def test_the_transfer_delays_the_first_token_by_its_time(chat):
+    one = chat.slice(0, 2).take(np.arange(len(chat.slice(0, 2))) == 0)
+    near, far = (
+        run(one, instances=2, disaggregation=Disaggregation(1, transfer_s_per_token=seconds))
+        for seconds in (0.0, 0.001)
+    )
+    expected = 0.001 * one.prompt_tokens
+    assert far.first_token_s - near.first_token_s == pytest.approx(expected)
+
+
+def test_without_disaggregation_a_request_decodes_where_it_prefills(chat):
+    result = run(chat)
+    assert result.decode_instance.tolist() == result.instance.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"state_delay_s": -1.0}, "state_delay_s must be finite and at least 0, got -1.0"),
+        ({"state_delay_s": np.nan}, "state_delay_s must be finite and at least 0, got nan"),
+        ({"event_loss_ratio": 1.5}, r"event_loss_ratio must lie in 0..1, got 1.5"),
+        ({"disaggregation": Disaggregation(3)}, "3 prefill instances leave none of 3 to decode"),
+        ({"profile": Profile("odd", PROFILE.step_time, block_size=12)}, "must divide the trace's 16"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(chat, options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        run(chat, **options)
+
+
+def test_a_disaggregation_without_prefill_is_refused():
+    with pytest.raises(InvalidArgument, match="prefill_instances must be at least 1, got 0"):
+        Disaggregation(0)
+    with pytest.raises(InvalidArgument, match="transfer_s_per_token must be finite and at least 0, got -1"):
+        Disaggregation(1, transfer_s_per_token=-1)
