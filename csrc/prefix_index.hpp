@@ -70,7 +70,8 @@ class PrefixIndex {
     return newly;
   }
 
-  // has_parent false: the blocks start the prompt. O(D + W) amortised.
+  // has_parent false: the blocks start the prompt. A hash that names the very block already names a copy more.
+  // O(D + W) amortised.
   std::int64_t store_named(Row row, bool has_parent, std::uint64_t parent, const std::uint64_t* hashes,
                            const Key* keys, std::size_t n_keys) {
     const std::unique_lock lock(mutex_);
@@ -91,7 +92,8 @@ class PrefixIndex {
     return newly;
   }
 
-  // How many names were known. O(1) a block, and the blocks that follow it on its edge.
+  // How many names were known. Takes a copy of each, and with the last copy the name. O(1) a block, and the
+  // blocks that follow it on its edge.
   std::int64_t remove_named(Row row, const std::uint64_t* hashes, std::size_t n_hashes) {
     const std::unique_lock lock(mutex_);
     state(row);
@@ -100,6 +102,10 @@ class PrefixIndex {
     std::vector<BlockId> dropped;
     for (std::size_t i = 0; i < n_hashes; ++i) state(row).names.prefetch(hashes[i]);
     for (std::size_t i = 0; i < n_hashes; ++i) {
+      if (take_one(state(row).extra_copies, hashes[i])) {
+        ++known;
+        continue;
+      }
       const BlockId block = state(row).names.erase(hashes[i]);
       if (block == FlatMap::kAbsent) continue;
       ++known;
@@ -328,6 +334,7 @@ class PrefixIndex {
     while (emptied.head != kNone) tree_.drop_holder(emptied.head, row);
     emptied.names.clear();
     emptied.extra_names.clear();
+    emptied.extra_copies.clear();
     tree_.settle();
   }
 
@@ -358,7 +365,7 @@ class PrefixIndex {
     return newly;
   }
 
-  // The general case: a name may move here from another block, even one of this path.
+  // The general case: a name may be here already, or move here from another block, even one of this path.
   std::int64_t store_one_by_one(Row row, NodeId node, std::uint32_t offset, const std::uint64_t* hashes,
                                 const Key* keys, std::size_t n_keys) {
     std::int64_t newly = 0;
@@ -369,9 +376,14 @@ class PrefixIndex {
       tree_.give_ids(segment.node);
       const BlockId block = tree_.node(segment.node).ids[segment.from];
       const BlockId old = state(row).names.find(hashes[i]);
-      if (old != block) {
+      if (old == block) {
+        add_one(state(row).extra_copies, hashes[i]);
+      } else {
         name(row, hashes[i], block, segment.held_before);
-        if (old != FlatMap::kAbsent && tree_.drop_name(row, old)) drop_blocks(row, {old});
+        if (old != FlatMap::kAbsent) {
+          state(row).extra_copies.erase(hashes[i]);
+          if (tree_.drop_name(row, old)) drop_blocks(row, {old});
+        }
       }
       node = tree_.block_node(block);  // dropping the old block may have split this one's edge
       offset = tree_.block_offset(block) + 1;
@@ -382,9 +394,7 @@ class PrefixIndex {
   void name(Row row, std::uint64_t hash, BlockId block, bool has_names) {
     RowState& named = state(row);
     named.names.set(hash, block);
-    if (!has_names) return;
-    const std::uint32_t more = named.extra_names.find(block);
-    named.extra_names.set(block, more == FlatMap::kAbsent ? 1 : more + 1);
+    if (has_names) add_one(named.extra_names, block);
   }
 
   // The row stops holding these blocks. Runs of neighbours go together, the deepest first, so that

@@ -11,7 +11,8 @@
 //      and does not exceed its capacity.
 //   6. In a bounded row's list a node stands before every ancestor, so the tail leaves before its prefix.
 //   7. Nodes have block ids for all blocks or for none; an id leads back to its node and depth.
-//   8. A named row holds exactly the blocks that its names name.
+//   8. A named row holds exactly the blocks that its names name; copies beyond the first are counted of bound
+//      names only, at least one each.
 //   9. unique_blocks is the number of blocks with a holder.
 #pragma once
 
@@ -63,9 +64,29 @@ struct RowState {
   NodeId head = kNone, tail = kNone;  // head leaves next
   FlatMap names;                      // engine hash -> block id
   FlatMap extra_names;                // block id -> names beyond the first; rarely used
+  FlatMap extra_copies;               // engine hash -> copies beyond the first; few names have any
 
   bool bounded() const noexcept { return capacity >= 0; }
 };
+
+// Counts in a FlatMap, where what is not there counts 0.
+inline void add_one(FlatMap& counts, std::uint64_t key) {
+  const std::uint32_t count = counts.find(key);
+  if (count == FlatMap::kAbsent - 1) throw std::length_error("more than 2^32 copies or names of a block");
+  counts.set(key, count == FlatMap::kAbsent ? 1 : count + 1);
+}
+
+// False if the count was 0.
+inline bool take_one(FlatMap& counts, std::uint64_t key) {
+  const std::uint32_t count = counts.find(key);
+  if (count == FlatMap::kAbsent) return false;
+  if (count == 1) {
+    counts.erase(key);
+  } else {
+    counts.set(key, count - 1);
+  }
+  return true;
+}
 
 // Grows by a sixteenth: edges are appended to by event, and doubling would cost up to twice their size.
 template <class T>
@@ -249,7 +270,8 @@ class PrefixTree {
       m.edges += n.keys.capacity() * sizeof(Key) + n.ids.capacity() * sizeof(BlockId) + n.children.bytes();
       m.holders += n.holders.capacity() * sizeof(Holder);
     });
-    for (const RowState& row : rows_) m.names += row.names.bytes() + row.extra_names.bytes();
+    for (const RowState& row : rows_)
+      m.names += row.names.bytes() + row.extra_names.bytes() + row.extra_copies.bytes();
     return m;
   }
 
@@ -315,17 +337,7 @@ class PrefixTree {
   }
 
   // Forgets that a block is named once more than another; true if that was its last name.
-  bool drop_name(Row row, BlockId block) {
-    FlatMap& extra = rows_[row].extra_names;
-    const std::uint32_t more = extra.find(block);
-    if (more == FlatMap::kAbsent) return true;
-    if (more == 1) {
-      extra.erase(block);
-    } else {
-      extra.set(block, more - 1);
-    }
-    return false;
-  }
+  bool drop_name(Row row, BlockId block) { return !take_one(rows_[row].extra_names, block); }
 
  private:
   static constexpr std::size_t kChunk = 256;  // nodes must not move while they are being changed
@@ -499,6 +511,9 @@ class PrefixTree {
       if (id >= block_chunks_.size() * kChunk || !holds(block(id).node, row)) held = false;
     });
     state.extra_names.for_each([&extra](std::uint64_t, std::uint32_t more) { extra += more; });
+    state.extra_copies.for_each([&](std::uint64_t hash, std::uint32_t more) {
+      if (more == 0 || state.names.find(hash) == FlatMap::kAbsent) held = false;
+    });
     if (!held || names - extra != state.blocks) fail(8, where);
   }
 

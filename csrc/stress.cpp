@@ -41,11 +41,11 @@ struct Model {
   bool named = false;
   std::int64_t capacity = -1;
   std::vector<Path> order;               // bounded and unbounded rows: the next to leave first
-  std::map<std::uint64_t, Path> names;   // named rows
+  std::map<std::uint64_t, std::vector<Path>> names;  // named rows: once for each copy
 
   std::set<Path> held() const {
     std::set<Path> all(order.begin(), order.end());
-    for (const auto& [hash, path] : names) all.insert(path);
+    for (const auto& [hash, copies] : names) all.insert(copies.begin(), copies.end());
     return all;
   }
   void drop(const Path& path) { order.erase(std::remove(order.begin(), order.end(), path), order.end()); }
@@ -113,10 +113,12 @@ void against_model(std::uint64_t seed, int steps) {
           require((stored == PrefixIndex::kUnknownParent) == (has_parent && found == model.names.end()),
                   "parent");
           if (stored == PrefixIndex::kUnknownParent) break;
-          Path prefix = has_parent ? found->second : Path();
+          Path prefix = has_parent ? found->second.front() : Path();
           for (std::size_t i = 0; i < path.size(); ++i) {
             prefix.push_back(path[i]);
-            model.names[hashes[i]] = prefix;
+            std::vector<Path>& copies = model.names[hashes[i]];
+            if (!copies.empty() && copies.front() != prefix) copies.clear();
+            copies.push_back(prefix);
           }
         } else {
           index.store(row, path.data(), path.size());
@@ -127,8 +129,11 @@ void against_model(std::uint64_t seed, int steps) {
       case 4:
         if (model.named) {
           const std::uint64_t hash = rng() % 12;
-          index.remove_named(row, &hash, 1);
-          model.names.erase(hash);
+          const auto found = model.names.find(hash);
+          require(index.remove_named(row, &hash, 1) == (found != model.names.end()), "known names");
+          if (found == model.names.end()) break;
+          found->second.pop_back();
+          if (found->second.empty()) model.names.erase(found);
         } else {
           const std::size_t start = path.empty() ? 0 : rng() % path.size();
           index.discard(row, path.data(), path.size(), start);
@@ -215,6 +220,7 @@ int failing_allocations() {
     index.store(1, other.data(), other.size());
     allocations_left = n;
     try {
+      index.store_named(0, false, 0, path.data(), path.data(), 10);
       index.store_named(0, true, 9, other.data() + 20, other.data() + 20, 30);
       index.remove_named(0, path.data() + 15, 10);
       index.store(1, path.data(), path.size());

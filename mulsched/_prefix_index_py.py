@@ -11,7 +11,8 @@ It builds the same nodes for the same content. Invariants, checked by ``check()`
    exceed its capacity.
 6. In a bounded row's list a node stands before every ancestor, so the tail leaves before its prefix.
 7. A block leads back to its node and depth.
-8. A named row holds exactly the blocks that its names name.
+8. A named row holds exactly the blocks that its names name; copies beyond the first are counted of bound
+   names only, at least one each.
 9. ``unique_blocks`` is the number of blocks with a holder.
 """
 
@@ -33,6 +34,7 @@ UNKNOWN_PARENT = -1
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class _Block:
@@ -66,7 +68,7 @@ class _Node:
 
 
 class _Row:
-    __slots__ = ("blocks", "capacity", "extra_names", "head", "named", "names", "tail")
+    __slots__ = ("blocks", "capacity", "extra_copies", "extra_names", "head", "named", "names", "tail")
 
     def __init__(self, capacity: int, named: bool) -> None:
         self.capacity = capacity
@@ -76,6 +78,7 @@ class _Row:
         self.tail: _Node | None = None
         self.names: dict[int, _Block] = {}
         self.extra_names: dict[_Block, int] = {}  # names beyond the first
+        self.extra_copies: dict[int, int] = {}  # name -> copies beyond the first
 
     @property
     def bounded(self) -> bool:
@@ -294,6 +297,8 @@ class _Tree:
         assert {block: n - 1 for block, n in names.items() if n > 1} == state.extra_names, (
             f"invariant 8: row {row}"
         )
+        assert state.extra_copies.keys() <= state.names.keys(), f"invariant 8: row {row}"
+        assert all(more > 0 for more in state.extra_copies.values()), f"invariant 8: row {row}"
 
 
 def _exclusive(
@@ -366,25 +371,36 @@ class PrefixIndexPy:
             self._tree.give_blocks(holder)
             block = holder.blocks[at]
             old = state.names.get(name)
-            if old is not block:
+            if old is block:
+                _add_one(state.extra_copies, name)
+            else:
                 # the name may move here from another block, even one of this path
                 state.names[name] = block
                 if held_before:
-                    state.extra_names[block] = state.extra_names.get(block, 0) + 1
-                if old is not None and self._drop_name(state, old):
-                    self._drop_blocks(row, [old])
+                    _add_one(state.extra_names, block)
+                if old is not None:
+                    state.extra_copies.pop(name, None)
+                    if self._drop_name(state, old):
+                        self._drop_blocks(row, [old])
             node, offset = block.node, block.offset + 1
         self._tree.settle()
         return newly
 
     @_exclusive
     def remove_named(self, row: int, hashes: Keys) -> int:
-        """Forget names; return how many were known."""
+        """Take a copy of each name, and with its last copy the name; return how many were known."""
         state = self._tree.rows[row]
-        found = [block for name in hashes.tolist() if (block := state.names.pop(name, None)) is not None]
-        self._drop_blocks(row, [block for block in found if self._drop_name(state, block)])
+        known, dropped = 0, []
+        for name in hashes.tolist():
+            if _take_one(state.extra_copies, name):
+                known += 1
+            elif (block := state.names.pop(name, None)) is not None:
+                known += 1
+                if self._drop_name(state, block):
+                    dropped.append(block)
+        self._drop_blocks(row, dropped)
         self._tree.settle()
-        return len(found)
+        return known
 
     @_exclusive
     def discard(self, row: int, keys: Keys, start: int) -> int:
@@ -416,6 +432,7 @@ class PrefixIndexPy:
             self._tree.drop_holder(state.head, row)
         state.names.clear()
         state.extra_names.clear()
+        state.extra_copies.clear()
         self._tree.settle()
 
     @_exclusive
@@ -462,6 +479,7 @@ class PrefixIndexPy:
             parts["blocks"] += size(node.blocks) + sum(map(size, node.blocks))
         for row in self._tree.rows.values():
             parts["names"] += size(row.names) + sum(map(size, row.names)) + size(row.extra_names)
+            parts["names"] += size(row.extra_copies) + sum(map(size, row.extra_copies))
         return parts | {"total": sum(parts.values())}
 
     @_exclusive
@@ -538,14 +556,7 @@ class PrefixIndexPy:
     @staticmethod
     def _drop_name(state: _Row, block: _Block) -> bool:
         """Forget that a block is named once more than another; True if that was its last name."""
-        more = state.extra_names.get(block)
-        if more is None:
-            return True
-        if more == 1:
-            del state.extra_names[block]
-        else:
-            state.extra_names[block] = more - 1
-        return False
+        return not _take_one(state.extra_names, block)
 
     def _drop_blocks(self, row: int, blocks: list[_Block]) -> None:
         """Make the row stop holding these blocks, the deepest first: what a cut moves is then short."""
@@ -556,6 +567,20 @@ class PrefixIndexPy:
             if offset > 0:
                 node = self._tree.split(node, offset)
             self._tree.drop_holder(node, row)
+
+
+def _add_one(counts: dict[T, int], key: T) -> None:
+    counts[key] = counts.get(key, 0) + 1
+
+
+def _take_one(counts: dict[T, int], key: T) -> bool:
+    """Count one down, and out at 0; False if it was not counted."""
+    count = counts.get(key, 0)
+    if count > 1:
+        counts[key] = count - 1
+    else:
+        counts.pop(key, None)
+    return count > 0
 
 
 def _common_prefix(edge: list[int], offset: int, path: list[int], at: int) -> int:

@@ -5,7 +5,7 @@ It is written from the meaning of the operations, and offers the row-based inter
 """
 
 from collections import Counter
-from itertools import pairwise
+from itertools import chain, pairwise
 
 
 def prefixes(path, start=0):
@@ -17,10 +17,10 @@ class ModelIndex:
     def __init__(self):
         self.capacity = {}
         self.order = {}  # unnamed rows: held prefixes, the next to leave first
-        self.names = {}  # named rows: engine hash -> prefix
+        self.names = {}  # named rows: engine hash -> the prefix that it names, once for each copy
 
     def held(self, row):
-        return set(self.names[row].values()) if row in self.names else set(self.order[row])
+        return set(chain(*self.names[row].values())) if row in self.names else set(self.order[row])
 
     def add_row(self, row, capacity, named):
         self.capacity[row] = capacity
@@ -60,15 +60,23 @@ class ModelIndex:
         names = self.names[row]
         if parent is not None and parent not in names:
             return -1
-        prefix, newly = () if parent is None else names[parent], 0
+        prefix, newly = () if parent is None else names[parent][0], 0
         for name, key in zip(hashes, keys, strict=True):
             prefix = (*prefix, key)
-            newly += prefix not in names.values()
-            names[name] = prefix
+            newly += prefix not in self.held(row)
+            copies = names.get(name, [])
+            names[name] = [*copies, prefix] if prefix in copies else [prefix]
         return newly
 
     def remove_named(self, row, hashes):
-        return sum(self.names[row].pop(name, None) is not None for name in hashes)
+        names, known = self.names[row], 0
+        for name in hashes:
+            if name in names:
+                known += 1
+                names[name].pop()
+                if not names[name]:
+                    del names[name]
+        return known
 
     def discard(self, row, keys, start):
         gone = set(prefixes(keys, start)) & set(self.order[row])

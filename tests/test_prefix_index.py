@@ -189,8 +189,8 @@ def test_counts_follow_every_operation(index):
         (3, [3, 0]),
         (4, [3, 3]),
         (4, [3, 3]),
-        (4, [2, 3]),
-        (3, [2, 2]),
+        (4, [3, 3]),  # of block 2 a had two copies
+        (4, [3, 2]),
         (2, [0, 2]),
         (0, [0]),
     ]
@@ -336,6 +336,99 @@ def test_a_name_that_is_used_again_moves(index):
     index.store("a", path(2), engine_hashes=[10])
     assert index.match_by_instance(path(1)) == {"a": 0}
     assert index.match_by_instance(path(2)) == {"a": 1}
+
+
+# An engine that caches a block twice says so twice, and again when each copy leaves.
+
+
+def test_a_block_stored_twice_under_one_name_is_held_until_both_copies_are_gone(index):
+    named(index, "a")
+    index.store("a", path(1, 2), engine_hashes=[10, 20])
+    assert index.store("a", path(2), parent=10, engine_hashes=[20]) == 0
+    assert index.remove("a", [20]) == 1
+    assert index.match_by_instance(path(1, 2)) == {"a": 2}
+    assert index.remove("a", [20]) == 1
+    assert index.match_by_instance(path(1, 2)) == {"a": 1}
+    assert index.remove("a", [20]) == 0
+    assert index.removed_unknown == 1
+
+
+def test_blocks_may_follow_a_block_that_lost_one_of_its_copies(index):
+    named(index, "a")
+    index.store("a", path(1), engine_hashes=[10])
+    index.store("a", path(1), engine_hashes=[10])
+    index.remove("a", [10])
+    assert index.store("a", path(2), parent=10, engine_hashes=[20]) == 1
+    assert index.match_by_instance(path(1, 2)) == {"a": 2}
+
+
+def test_a_store_counts_copies_of_some_of_its_blocks_and_brings_others(index):
+    named(index, "a")
+    index.store("a", path(1, 2), engine_hashes=[10, 20])
+    assert index.store("a", path(1, 2, 3), engine_hashes=[10, 20, 30]) == 1
+    index.remove("a", [30, 20, 10])
+    assert index.match_by_instance(path(1, 2, 3)) == {"a": 2}
+    index.check()
+
+
+def test_one_removal_may_take_several_copies(index):
+    named(index, "a")
+    for _ in range(3):
+        index.store("a", path(1), engine_hashes=[10])
+    assert index.remove("a", [10, 10]) == 2
+    assert index.blocks("a") == 1
+    assert index.remove("a", [10, 10]) == 1
+    assert index.blocks("a") == 0
+
+
+def test_a_name_that_moves_forgets_its_copies(index):
+    named(index, "a")
+    index.store("a", path(1), engine_hashes=[10])
+    index.store("a", path(1), engine_hashes=[10])
+    index.store("a", path(2), engine_hashes=[10])
+    assert index.match_by_instance(path(1)) == {"a": 0}
+    assert index.remove("a", [10]) == 1
+    assert index.match_by_instance(path(2)) == {"a": 0}
+
+
+def test_each_name_of_a_block_counts_its_own_copies(index):
+    named(index, "a")
+    for name in (10, 20, 10):
+        index.store("a", path(1), engine_hashes=[name])
+    index.remove("a", [10, 20])
+    assert index.blocks("a") == 1
+    index.remove("a", [10])
+    assert index.blocks("a") == 0
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        lambda index: index.clear("a"),
+        lambda index: index.reset("a", engine_hashes=True),
+        lambda index: (index.remove_instance("a"), named(index, "a")),
+    ],
+    ids=["clear", "reset", "removed and added"],
+)
+def test_an_emptied_instance_has_forgotten_its_copies(index, empty):
+    named(index, "a")
+    for _ in range(2):
+        index.store("a", path(1), engine_hashes=[10])
+    empty(index)
+    index.store("a", path(1), engine_hashes=[10])
+    index.remove("a", [10])
+    assert index.blocks("a") == 0
+
+
+def test_copies_count_as_memory_of_names(index):
+    named(index, "a")
+    keys = np.arange(1000, dtype=np.uint64)
+    index.store("a", keys, engine_hashes=keys)
+    before = index.memory()["names"]
+    index.store("a", keys, engine_hashes=keys)
+    assert index.memory()["names"] > before + 1000 * 8
+    index.clear("a")
+    assert index.memory()["names"] < before
 
 
 def test_a_chain_of_continuations_is_each_instances_own(index):

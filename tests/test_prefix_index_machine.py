@@ -117,6 +117,17 @@ class IndexMachine(RuleBasedStateMachine):
         self.all("store_named", row, parent, [h for h, _ in blocks], [k for _, k in blocks])
 
     @among("named")
+    @rule(draw=DRAW, which=DRAW)
+    def store_a_known_block_again(self, draw, which):
+        row = self.pick(draw, "named")
+        parents = {copies[0]: name for name, copies in self.model.names[row].items()} | {(): None}
+        known = {name: copies[0] for name, copies in sorted(self.model.names[row].items())}
+        again = [(name, block) for name, block in known.items() if block[:-1] in parents]
+        if again:
+            name, block = again[which % len(again)]
+            self.all("store_named", row, parents[block[:-1]], [name], [block[-1]])
+
+    @among("named")
     @rule(draw=DRAW, hashes=st.lists(HASHES, max_size=4))
     def remove_named(self, draw, hashes):
         self.all("remove_named", self.pick(draw, "named"), hashes)
@@ -202,6 +213,29 @@ STORES = st.lists(
     max_size=40,
 )
 
+def follow_events(chosen, events):
+    """Store and remove single blocks on a named row; after each, everything must agree."""
+
+    class Machine(IndexMachine):
+        backends = staticmethod(lambda: chosen)
+
+    machine = Machine()
+    machine.start([("named", 1)])
+    for stored, name, parent, key in events:
+        if stored:
+            machine.all("store_named", 0, parent, [name], [key])
+        else:
+            machine.all("remove_named", 0, [name])
+        machine.counts_agree_with_the_model()
+        machine.nodes_are_those_that_the_content_calls_for()
+
+
+# So few names and keys that blocks get copies, and names with copies move and go.
+NAMES = st.integers(0, 2)
+EVENTS = st.lists(
+    st.tuples(st.booleans(), NAMES, st.none() | NAMES, st.integers(0, 1)), min_size=10, max_size=30
+)
+
 TestIndexMachine = IndexMachine.TestCase
 TestIndexMachine.settings = settings(
     max_examples=int(os.environ.get("MULSCHED_MACHINE_EXAMPLES", "150")),
@@ -214,6 +248,12 @@ TestIndexMachine.settings = settings(
 @given(CAPACITIES, STORES)
 def test_recency_cuts_and_joins_edges(capacities, stores):
     store_in_turns(twins(), capacities, stores)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(EVENTS)
+def test_copies_come_and_go(events):
+    follow_events(twins(), events)
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), KEYS), max_size=12), st.randoms(use_true_random=False))
@@ -256,8 +296,9 @@ def test_named_rows_have_the_same_nodes_by_any_route(paths, random):
             store(detour, row, keys)
         for row in (0, 1):
             kept = {p for r, keys in paths if r == row for p in prefixes(keys)}
-            gone = sorted({p for r, keys in extra if r == row for p in prefixes(keys)} - kept)
-            detour.remove_named(row, words([names[p] for p in random.sample(gone, len(gone))]))
+            # one for each copy
+            gone = [names[p] for r, keys in extra if r == row for p in prefixes(keys) if p not in kept]
+            detour.remove_named(row, words(random.sample(gone, len(gone))))
         assert straight.edges() == detour.edges()
 
 
@@ -316,6 +357,22 @@ class DropsABlockWithItsFirstName(PrefixIndexPy):
         return True
 
 
+class CountsNoCopies(PrefixIndexPy):
+    def remove_named(self, row, hashes):
+        for name in hashes.tolist():
+            self._tree.rows[row].extra_copies.pop(name, None)
+        return super().remove_named(row, hashes)
+
+
+class KeepsTheCopiesOfANameThatMoves(PrefixIndexPy):
+    def store_named(self, row, parent, hashes, keys):
+        state = self._tree.rows[row]
+        before = state.extra_copies.copy()
+        newly = super().store_named(row, parent, hashes, keys)
+        state.extra_copies = before | state.extra_copies
+        return newly
+
+
 QUICK = settings(
     max_examples=1000,
     derandomize=True,
@@ -330,7 +387,14 @@ QUICK = settings(
 
 @pytest.mark.parametrize(
     "broken",
-    [ForgetsNoRemoval, EvictsTheNewest, NeverMerges, MergesAcrossTheOrder, DropsABlockWithItsFirstName],
+    [
+        ForgetsNoRemoval,
+        EvictsTheNewest,
+        NeverMerges,
+        MergesAcrossTheOrder,
+        DropsABlockWithItsFirstName,
+        CountsNoCopies,
+    ],
 )
 def test_the_machine_catches_a_broken_index(broken):
     class Machine(IndexMachine):
@@ -351,3 +415,16 @@ def test_stores_in_turns_catch_a_broken_index(broken):
 
     with pytest.raises(AssertionError):
         stores()
+
+
+@pytest.mark.parametrize(
+    "broken", [CountsNoCopies, KeepsTheCopiesOfANameThatMoves, DropsABlockWithItsFirstName]
+)
+def test_events_catch_a_broken_index(broken):
+    @QUICK
+    @given(EVENTS)
+    def follow(events):
+        follow_events([PrefixIndexPy, broken], events)
+
+    with pytest.raises(AssertionError):
+        follow()
