@@ -11,6 +11,7 @@ from typing import IO, Any, get_args
 
 from mulsched import policies
 from mulsched._backend import BACKEND
+from mulsched.commands import trace as trace_command
 from mulsched.errors import InvalidArgument, MissingExtra, MulschedError
 from mulsched.replay.profile import Profile, StepTable, builtin_profile, load_profile
 from mulsched.replay.readers import FORMATS, read_trace
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.set_defaults(run=_replay)
     info = commands.add_parser("info", help="print version, backend and policies")
     info.set_defaults(run=_info)
+    trace_command.add_parser(commands)
     return parser
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mulsched.errors import InvalidArgument, TraceError
 from mulsched.types import Keys
 
-__all__ = ["Trace", "TraceStats", "lru_hit_ratio"]
+__all__ = ["Trace", "TraceStats", "dense_ids", "lru_hit_ratio"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -267,10 +267,13 @@ def _mix(x: Keys) -> Keys:
     return x
 
 
-def _dense_ids(trace: Trace) -> tuple[list[Ints], int, int]:
-    """Return every request's whole blocks as ids below a bound, the bound, and how many are in use."""
-    whole = (trace.prompt_tokens // trace.block_size).tolist()
-    ids = [trace.block_ids(i)[: whole[i]] for i in range(len(trace))]
+def dense_ids(trace: Trace, *, whole: bool = True) -> tuple[list[Ints], int, int]:
+    """Return every request's blocks as ids below a bound, the bound, and how many are in use.
+
+    ``whole``: without the partial block at the end of a prompt.
+    """
+    blocks = (trace.prompt_tokens // trace.block_size).tolist()
+    ids = [trace.block_ids(i)[: blocks[i] if whole else None] for i in range(len(trace))]
     flat = np.concatenate(ids)
     bound = int(flat.max()) + 1 if len(flat) else 0
     if bound <= 2 * len(flat):  # ids are counters in most traces; sorting them would take most of the time
@@ -285,7 +288,7 @@ def _ideal_hits(trace: Trace) -> tuple[Ints, Ints, int]:
     """Return per request the blocks that a cache without eviction has, those from its own session, and the
     number of unique blocks.
     """
-    requests, bound, count = _dense_ids(trace)
+    requests, bound, count = dense_ids(trace)
     seen = np.zeros(bound, dtype=np.bool_)
     hits = np.zeros(len(trace), dtype=np.int64)
     same = np.zeros(len(trace), dtype=np.int64)
@@ -316,7 +319,7 @@ def lru_hit_ratio(trace: Trace, fraction: float) -> float:
     """
     if not 0 < fraction <= 1:
         raise InvalidArgument(f"fraction must lie in 0..1, got {fraction}")
-    requests, _, count = _dense_ids(trace)
+    requests, _, count = dense_ids(trace)
     capacity = max(1, int(fraction * count))
     cache: OrderedDict[int, None] = OrderedDict()
     hits = 0

@@ -119,6 +119,8 @@ def test_a_bad_mooncake_line_is_named(line, message, tmp_path):
             BAILIAN.replace("-1", "1").replace('d": 1', 'd": 2', 1).replace(": 5", ": 4", 1),
             "before its",
         ),
+        (MOONCAKE, MOONCAKE.replace("{", '{"session_id": "a", '), "leaves out what came before"),
+        (MOONCAKE, "[" * 100_000, "not JSON: maximum recursion depth exceeded"),
         (AGENTIC, AGENTIC.replace('"t": 5', '"t": 4'), "t goes back within session a"),
         (AGENTIC, AGENTIC.replace('"a"', "7"), "sid must be a string, got 7"),
         (AGENTIC, AGENTIC.replace("[1, 1]", "[1]"), "rle must be a list of start, length pairs"),
@@ -162,6 +164,36 @@ def test_a_file_that_is_no_trace_is_refused(content, message, tmp_path):
     file.write_bytes(content)
     with pytest.raises(TraceError, match=message):
         read_trace(file)
+
+
+def test_mooncake_rows_without_ids_and_with_blocks_of_another_size_are_read(tmp_path):
+    file = tmp_path / "aiperf.jsonl"
+    file.write_text(
+        MOONCAKE.replace("[0, 1]", "[0, 1, 2]") + "\n" + MOONCAKE.replace(', "hash_ids": [0, 1]', "")
+    )
+    trace = read_trace(file, hash_block_tokens=256)
+    assert trace.block_size == 256
+    assert [len(trace.block_ids(i)) for i in range(2)] == [3, 0]
+    assert "1 requests without hash_ids: their prompts are their own" in trace.notes
+    with pytest.raises(InvalidArgument, match=r"hash_block_tokens must lie in 1\.\.16384, got 0"):
+        read_trace(file, hash_block_tokens=0)
+
+
+def test_bad_lines_are_left_out_and_told_when_there_is_a_list_for_them(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(f"{MOONCAKE}\nnonsense\n{MOONCAKE}\n[]\n")
+    bad = ["earlier"]
+    trace = read_trace(file, bad_lines=bad)
+    assert len(trace) == 2
+    assert [line[:12] for line in bad] == ["earlier", "bad.jsonl:2:", "bad.jsonl:4:"]
+    assert trace.notes[-1] == "2 bad lines left out"
+
+
+def test_a_bad_bailian_line_leaves_no_chat_to_follow(tmp_path):
+    file = tmp_path / "bad"
+    follow_up = BAILIAN.replace('d": 1', 'd": 2', 1).replace("-1", "1")
+    file.write_text(f"{BAILIAN.replace('1, ', '7, ', 1)}\n{BAILIAN.replace('[1]', '[]')}\n{follow_up}\n")
+    assert read_trace(file, bad_lines=[]).previous.tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("spread_s", [-1.0, float("nan"), float("inf")])
