@@ -158,11 +158,11 @@ def print_recordings(directory: Path, share: float) -> None:
     print("\n" + "\n".join(f"- {note}" for note in notes))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--share", type=float, default=0.5, help="of each recording, to fit on")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print_step_tables(options.data / "step_tables")
     print()
     print_recordings(options.data / "vllm_request_timestamps", options.share)

@@ -25,7 +25,7 @@ _COEFFICIENTS = tuple(field.name for field in fields(FittedStep))
 _LEAST_STEP_S = 1e-6  # a step takes time, whatever the data say
 _ROUNDS = 14  # the error of the recordings in docs/validation.md stops falling by then
 _REWEIGHTINGS = 10
-_SMALLEST_RESIDUAL = 0.02  # relative; smaller ones weigh alike
+_SMALLEST_RESIDUAL = 0.005  # relative; smaller ones weigh alike
 _NO_KEYS = np.zeros(0, dtype=np.uint64)
 
 
