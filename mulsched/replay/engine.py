@@ -51,7 +51,8 @@ class EngineModel:
 
         ``keys`` name its full blocks, those of the prompt and then of the answer; blocks beyond them are not
         cached. Each must stand for its block and all before it, as an engine's hashes do: keys that
-        ``mulsched.block_keys`` made of single blocks would match at any depth. ``transferred_tokens`` of the prompt have their KV from another engine.
+        ``mulsched.block_keys`` made of single blocks would match at any depth. ``transferred_tokens`` of the
+        prompt have their KV from another engine.
         Raises InvalidArgument (counts below 1, too many keys, more than the cache could hold).
         """
         path = as_keys(keys)
