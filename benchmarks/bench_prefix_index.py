@@ -91,9 +91,10 @@ def bench_remove(benchmark, backend, quick):
     keys = rng.integers(0, 2**64, PROMPT_BLOCKS, dtype=np.uint64)
     index = PrefixIndex()
     index.add_instance("a", engine_hashes=True)
+    index.store("a", keys[:-64], engine_hashes=keys[:-64])
 
     def fill():
-        index.store("a", keys, engine_hashes=keys)
+        index.store("a", keys[-64:], parent=keys[-65], engine_hashes=keys[-64:])
         return (), {}
 
     removed = benchmark.pedantic(

@@ -376,7 +376,7 @@ cdef class PrefixIndex:
         return newly
 
     def remove_named(self, uint32_t row, hashes):
-        """Forget names; return how many were known."""
+        """Take a copy of each name, and with its last copy the name; return how many were known."""
         cdef Words named = words_of(hashes)
         cdef const uint64_t* names = <const uint64_t*> named.view.buf
         cdef size_t n = named.length()

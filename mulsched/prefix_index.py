@@ -53,10 +53,13 @@ class Backend(Protocol):
         """Hold the whole path on an unnamed row, newest in LRU order; blocks that were not held before."""
 
     def store_named(self, row: int, parent: int | None, hashes: Keys, keys: Keys) -> int:
-        """Append blocks after the block that ``parent`` names; blocks newly held, or -1: unknown parent."""
+        """Append blocks after the block that ``parent`` names; blocks newly held, or -1: unknown parent.
+
+        A hash that names the very block already names one copy more; one that names another block moves.
+        """
 
     def remove_named(self, row: int, hashes: Keys) -> int:
-        """Forget names; how many were known."""
+        """Take a copy of each name, and with its last copy the name; how many were known."""
 
     def discard(self, row: int, keys: Keys, start: int) -> int:
         """Stop holding the blocks ``keys[start:]`` of the path on an unnamed row; how many were held."""
@@ -168,7 +171,9 @@ class PrefixIndex:
 
     - *named* (``engine_hashes=True``): content comes from engine events. The instance holds exactly the
       blocks that its live engine hashes name; removing a block in the middle does not remove what
-      follows, and puts it out of reach until the block is stored again.
+      follows, and puts it out of reach until the block is stored again. A block stored several times
+      under one hash has as many copies, and is held until each was removed; so no event may be applied
+      twice.
     - *bounded* (``capacity_blocks=C``): content is predicted. Storing a path makes its blocks the newest;
       above C blocks the oldest leave, the tail of a path before its head. A path longer than C keeps its
       first C blocks.
@@ -289,8 +294,9 @@ class PrefixIndex:
         """Record that the instance holds ``keys``; return how many blocks it did not hold before.
 
         For a named instance ``keys`` follow the block that ``parent`` names (None: the prompt's start) and
-        ``engine_hashes`` names them one by one; a name that is in use moves to its new block. For the
-        other kinds ``keys`` is the path from the prompt's start. O(D + W) amortised.
+        ``engine_hashes`` names them one by one; a name that is in use for the same block counts one copy
+        more, and one in use for another block moves here, as one copy. For the other kinds ``keys`` is
+        the path from the prompt's start. O(D + W) amortised.
 
         Raises UnknownInstance, UnknownBlock (the instance holds no block named ``parent``), InvalidType,
         InvalidArgument (hashes missing, superfluous, or not as many as keys).
@@ -315,8 +321,9 @@ class PrefixIndex:
             return stored
 
     def remove(self, instance: str, engine_hashes: Sequence[EngineHash] | NDArray[np.uint64]) -> int:
-        """Forget blocks of a named instance by engine hash; return how many it held under that name.
+        """Forget a copy of each of a named instance's blocks; return how many hashes it knew.
 
+        The last copy under a hash takes the name with it, and the last name takes the block.
         Unknown hashes are counted in ``removed_unknown`` and otherwise ignored: engines report blocks that
         the index never learned of. Does not cascade. O(1) per block, plus the split that it causes.
         Raises UnknownInstance, InvalidType, InvalidArgument.

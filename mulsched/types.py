@@ -55,6 +55,7 @@ class Request:
 class BlockStored:
     """An engine cached the blocks ``block_hashes``, in order, right after the block ``parent_hash``.
 
+    A block that it has cached already under the same hash is a copy, and is removed as often as stored.
     Content comes either as ``token_ids`` (``block_size`` per block) or as ready ``block_keys``.
     ``extra_keys`` names, per block, the multimodal content in it (``None`` for text only).
     """
@@ -71,7 +72,7 @@ class BlockStored:
 
 @dataclass(frozen=True, slots=True)
 class BlockRemoved:
-    """An engine evicted the blocks ``block_hashes``."""
+    """An engine evicted the blocks ``block_hashes``, one copy of each."""
 
     instance: str
     block_hashes: Sequence[EngineHash] | NDArray[np.uint64]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from backends import BACKENDS, new_backend
 
+from mulsched._prefix_index_py import PrefixIndexPy
 from mulsched.errors import (
     DuplicateInstance,
     InvalidArgument,
@@ -429,6 +430,16 @@ def test_copies_count_as_memory_of_names(index):
     assert index.memory()["names"] > before + 1000 * 8
     index.clear("a")
     assert index.memory()["names"] < before
+
+
+@pytest.mark.parametrize("copies", [{99: 1}, {10: 0}], ids=["of no name", "none"])
+def test_check_finds_a_wrong_count_of_copies(copies):
+    tree = PrefixIndexPy()
+    tree.add_row(0, -1, True)
+    tree.store_named(0, None, path(10), path(1))
+    tree._tree.rows[0].extra_copies = copies
+    with pytest.raises(AssertionError, match="invariant 8"):
+        tree.check()
 
 
 def test_a_chain_of_continuations_is_each_instances_own(index):

@@ -213,6 +213,7 @@ STORES = st.lists(
     max_size=40,
 )
 
+
 def follow_events(chosen, events):
     """Store and remove single blocks on a named row; after each, everything must agree."""
 

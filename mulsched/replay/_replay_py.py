@@ -194,7 +194,7 @@ class _Replay:
         try:
             router.apply(BlockStored(name, change.keys, change.parent, size, block_keys=change.keys))
         except UnknownBlock:
-            # its parent's event was lost, or the parent was evicted while it had a second copy
+            # an event of its parent was lost
             self.counts.orphans += 1
 
 
