@@ -29,6 +29,7 @@ from mulsched.errors import (
 from mulsched.indicators import COLUMNS, Columns, fill_columns
 from mulsched.load import Booking, LoadTable, check_count, check_now
 from mulsched.policies import Policy, Ties
+from mulsched.policies._policy import is_factory
 from mulsched.policies._policy import select as select_composed
 from mulsched.prefix_index import PrefixIndex, as_hashes, as_keys
 from mulsched.scorers import Custom, Linear, Multiplicative, native_form
@@ -59,6 +60,8 @@ def _policy(policy: PolicyLike) -> Policy:
         return policy
     if isinstance(policy, Multiplicative | Linear | Custom):
         return Policy(name=repr(policy), score=policy)
+    if is_factory(policy):
+        raise InvalidType(f"policy must be a Policy, got the factory of one: call it ({policy!r})")
     if callable(policy):
         score = Custom(policy)
         return Policy(name=score.name, score=score)

@@ -56,8 +56,9 @@ class BlockStored:
     """An engine cached the blocks ``block_hashes``, in order, right after the block ``parent_hash``.
 
     A block that it has cached already under the same hash is a copy, and is removed as often as stored.
-    Content comes either as ``token_ids`` (``block_size`` per block) or as ready ``block_keys``.
-    ``extra_keys`` names, per block, the multimodal content in it (``None`` for text only).
+    Content comes either as ``token_ids`` (``block_size`` per block) or as ready ``block_keys``, into which
+    ``namespace`` and ``extra_keys`` have gone already; they are for ``token_ids``. ``extra_keys`` names, per
+    block, the multimodal content in it (``None`` for text only).
     """
 
     instance: str

@@ -14,6 +14,17 @@ if README.exists():
         assert lines[0] == "gpu-0 0 1000"
         assert lines[1] == "lmetric: 1000 prompt tokens to gpu-0, score 8 of 2 candidates"
 
+    def test_its_events_apply():
+        import mulsched
+
+        router = mulsched.Router()
+        router.add_instance("gpu-0")
+        names = vars(mulsched) | {"mulsched": mulsched, "prompt_token_ids": list(range(1000))}
+        line = next(line for line in README.read_text().splitlines() if "router.apply(event)" in line)
+        for event, blocks in zip(re.findall(r"`([\w.]+\(\"gpu-0\".*?\))`", line), (1, 0, 0), strict=True):
+            router.apply(eval(event, names))
+            assert router.index.blocks("gpu-0") == blocks
+
     def test_the_code_of_the_policies_page_runs(monkeypatch):
         from mulsched import policies
 

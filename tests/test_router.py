@@ -19,6 +19,7 @@ from mulsched import (
     Policy,
     Router,
     block_keys,
+    policies,
 )
 from mulsched.errors import (
     BlockSizeMismatch,
@@ -567,6 +568,7 @@ NAN = float("nan")
         ({"block_size": True}, InvalidType, "block_size must be an int, got bool"),
         ({"policy": "best"}, UnknownPolicy, "unknown policy 'best'"),
         ({"policy": 5}, InvalidType, "policy must be a name, a Policy or a callable on columns, got 5"),
+        ({"policy": policies.linear}, InvalidType, "got the factory of one: call it"),
         ({"ties": "coin"}, InvalidArgument, "ties must be 'least_recent', 'random' or 'first', got 'coin'"),
         ({"seed": "1"}, InvalidType, "seed must be an int, got str"),
         ({"in_flight": "maybe"}, InvalidArgument, "in_flight must be 'ignore' or 'cached', got 'maybe'"),

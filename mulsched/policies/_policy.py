@@ -11,7 +11,7 @@ from mulsched.errors import InvalidArgument, InvalidType, NoEligibleInstance, No
 from mulsched.indicators import Columns, uniform_draws
 from mulsched.scorers import Score
 
-__all__ = ["Filter", "Policy", "Ties", "get", "names", "pick", "register", "select"]
+__all__ = ["Filter", "Policy", "Ties", "get", "is_factory", "names", "pick", "register", "select"]
 
 Filter = Callable[[Columns], NDArray[np.bool_]]
 """From columns to a mask of the candidates that stay, shape ``(n,)``."""
@@ -152,6 +152,11 @@ def get(name: str, **parameters: Any) -> Policy:
     except (KeyError, TypeError):
         raise UnknownPolicy(f"unknown policy {name!r}, expected one of {', '.join(names())}") from None
     return factory(**parameters)
+
+
+def is_factory(value: object) -> bool:
+    """Return whether ``value`` is a registered factory, which makes a policy and is none itself."""
+    return any(value is factory for factory in _REGISTRY.values())
 
 
 def names() -> tuple[str, ...]:
