@@ -177,7 +177,7 @@ def fit_profile(
     if not fixed.keys() <= set(_COEFFICIENTS):
         raise InvalidArgument(f"known must be of {', '.join(_COEFFICIENTS)}, got {', '.join(fixed)}")
     seen = _chosen(requests, mask)
-    budget, seqs = shown_limits(seen)
+    shown_tokens, shown_seqs = shown_limits(seen)
     ahead = schedules_ahead(seen) if schedule_ahead is None else schedule_ahead
     candidates = [kv_blocks] if isinstance(kv_blocks, int) else list(kv_blocks)
     fits = []
@@ -185,8 +185,8 @@ def fit_profile(
         limits = Profile(
             requests.name,
             FittedStep(_LEAST_STEP_S),
-            max_batched_tokens=max_batched_tokens or budget or 2048,
-            max_num_seqs=max_num_seqs or seqs or 256,
+            max_batched_tokens=shown_tokens or 2048 if max_batched_tokens is None else max_batched_tokens,
+            max_num_seqs=shown_seqs or 256 if max_num_seqs is None else max_num_seqs,
             kv_blocks=blocks,
         )
         fits.append(_fit_step(requests, mask, limits, fixed, ahead))

@@ -170,6 +170,7 @@ def test_limits_that_a_run_shows_are_taken_and_others_are_vllms():
         ({"scored": np.zeros(20, dtype=bool)}, r"scored must choose from 20 requests, got 0 of \(20,\)"),
         ({"scored": np.ones(3, dtype=bool)}, r"scored must choose from 20 requests, got 3 of \(3,\)"),
         ({"known": {"speed": 1.0}}, "known must be of step_s, .*, got speed"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"kv_blocks": []}, "kv_blocks must be a number or candidates, got none"),
         ({"kv_blocks": 3}, "request .* needs .* blocks, the engine has 3"),
     ],
