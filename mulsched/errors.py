@@ -19,6 +19,7 @@ lookup keeps working::
     ├── UnknownPolicy (KeyError)           no policy of that name
     ├── TraceError (ValueError)            a trace that cannot be read: names file and line
     ├── ProfileError (ValueError)          a step-time profile that cannot be read
+    ├── ResultsError (ValueError)          results of an experiment that cannot be read
     └── MissingExtra (ImportError)         an optional dependency that is not installed: names the extra
 """
 
@@ -36,6 +37,7 @@ __all__ = [
     "NoEligibleInstance",
     "NonFiniteScore",
     "ProfileError",
+    "ResultsError",
     "TraceError",
     "UnknownBlock",
     "UnknownInstance",
@@ -109,6 +111,10 @@ class TraceError(MulschedError, ValueError):
 
 class ProfileError(MulschedError, ValueError):
     """A step-time profile that cannot be read or is not usable."""
+
+
+class ResultsError(MulschedError, ValueError):
+    """Results of an experiment that cannot be read, or do not fit together."""
 
 
 class MissingExtra(MulschedError, ImportError):

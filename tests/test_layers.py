@@ -115,7 +115,7 @@ def test_a_module_imports_only_from_below(path):
 @pytest.mark.parametrize(
     "path",
     # the backend is chosen by the environment, the number of processes by the machine, a salt by chance
-    [path for path in PURE if unit(path) not in ("_backend", "commands", "cli")],
+    [path for path in PURE if unit(path) not in ("_backend", "commands")],
     ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_nothing_but_its_arguments_decides(path):

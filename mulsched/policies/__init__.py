@@ -1,6 +1,7 @@
 """Whole policies by name: LMetric, the baselines of its paper, and those of other routers."""
 
-from mulsched.policies._policy import Filter, Policy, Ties, get, names, register
+from mulsched.policies._policy import Filter, Policy, Ties, get, names, parameters, register
+from mulsched.policies._spec import PolicySpec, parse_spec
 from mulsched.policies.affinity import consistent_hash_bounded, least_p_tokens, most_hits, sticky
 from mulsched.policies.gated import aibrix, llm_d, preble, sglang_cache_aware
 from mulsched.policies.linear import bailian, dynamo, linear
@@ -10,6 +11,7 @@ from mulsched.policies.load_only import least_loaded, power_of_two, random, roun
 __all__ = [
     "Filter",
     "Policy",
+    "PolicySpec",
     "Ties",
     "aibrix",
     "bailian",
@@ -23,6 +25,8 @@ __all__ = [
     "lmetric",
     "most_hits",
     "names",
+    "parameters",
+    "parse_spec",
     "power_of_two",
     "preble",
     "random",

@@ -1,5 +1,6 @@
 """What a policy is, and the registry of named ones."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,7 +12,18 @@ from mulsched.errors import InvalidArgument, InvalidType, NoEligibleInstance, No
 from mulsched.indicators import Columns, uniform_draws
 from mulsched.scorers import Score
 
-__all__ = ["Filter", "Policy", "Ties", "get", "is_factory", "names", "pick", "register", "select"]
+__all__ = [
+    "Filter",
+    "Policy",
+    "Ties",
+    "get",
+    "is_factory",
+    "names",
+    "parameters",
+    "pick",
+    "register",
+    "select",
+]
 
 Filter = Callable[[Columns], NDArray[np.bool_]]
 """From columns to a mask of the candidates that stay, shape ``(n,)``."""
@@ -145,13 +157,26 @@ def register(name: str, factory: Callable[..., Policy], *, replace: bool = False
     _REGISTRY[name] = factory
 
 
-def get(name: str, **parameters: Any) -> Policy:
-    """Build a new policy by name. Raises UnknownPolicy, and what the factory raises."""
+def _factory(name: str) -> Callable[..., Policy]:
     try:
-        factory = _REGISTRY[name]
+        return _REGISTRY[name]
     except (KeyError, TypeError):
         raise UnknownPolicy(f"unknown policy {name!r}, expected one of {', '.join(names())}") from None
-    return factory(**parameters)
+
+
+def get(name: str, **parameters: Any) -> Policy:
+    """Build a new policy by name. Raises UnknownPolicy, and what the factory raises."""
+    return _factory(name)(**parameters)
+
+
+def parameters(name: str) -> dict[str, Any]:
+    """Return the named parameters of a policy and their defaults. Raises UnknownPolicy."""
+    signature = inspect.signature(_factory(name))
+    return {
+        parameter.name: parameter.default
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    }
 
 
 def is_factory(value: object) -> bool:

@@ -1,76 +1,72 @@
-"""Reports of replays: a table for people, JSON and CSV for programs."""
+"""The report that a terminal shows: a table, what was tuned, the noise floor and the verdict."""
 
-import csv
-import io
-import json
 import math
-from collections.abc import Sequence
 from typing import IO
 
 from mulsched.errors import MissingExtra
-from mulsched.replay.simulator import ReplayResult
+from mulsched.replay.results import Results, Row
+from mulsched.replay.verdict import noise_text, setting, verdict, verdict_by_rate
 
-__all__ = ["PUBLISHED_NOISE", "noise_floor", "print_table", "records", "to_csv", "to_json"]
+__all__ = ["COLUMNS", "cells", "columns_of", "print_report", "tuned_text"]
 
-PUBLISHED_NOISE = (
-    "Independent tests of LMetric saw tie order alone move mean TTFT by 1.3-2.3 % and p99 by 2.4-6.2 %: "
-    "read nothing into less."
-)
-
-_LABELS = (
-    ("trace", "trace"),
-    ("synthetic", "synthetic"),
-    ("policy", "policy"),
-    ("profile", "profile"),
-    ("seed", "seed"),
-    ("ties", "ties"),
-    ("instances", "instances"),
-    ("kv_blocks", "kv_blocks"),
-    ("loop", "loop"),
-    ("cache_source", "cache_source"),
-)
+COLUMNS: dict[str, tuple[str, float, int]] = {
+    "offered_per_s": ("offered\nreq/s", 1, 2),
+    **{f"ttft_{q}_s": (f"TTFT ms\n{q}", 1000, 0) for q in ("mean", "p50", "p95", "p99")},
+    **{f"tpot_{q}_s": (f"TPOT ms\n{q}", 1000, 1) for q in ("mean", "p50", "p95", "p99")},
+    "goodput_per_s": ("goodput\nreq/s", 1, 2),
+    "slo_met_ratio": ("SLO met\nratio", 1, 3),
+    "requests_per_s": ("done\nreq/s", 1, 2),
+    "output_tokens_per_s": ("output\ntok/s", 1, 0),
+    "hit_ratio": ("hit\nratio", 1, 3),
+    "request_spread": ("requests\nmax/mean", 1, 2),
+    "prefill_spread": ("prefill\nmax/mean", 1, 2),
+}
+"""Columns of the table: heading of two lines, factor, decimals."""
 
 
-def records(results: Sequence[ReplayResult]) -> list[dict[str, object]]:
-    """Return one flat record per result: what was replayed, and the figures of ``summary()``."""
+def columns_of(results: Results) -> list[str]:
+    """Return the columns of these results: the rate only where it is swept, goodput only with an SLO."""
+    figures = results.rows[0].figures
     return [
-        {name: getattr(result, attribute) for name, attribute in _LABELS}
-        | {"policy": result.label, "requests": len(result.arrival_s)}
-        | result.summary()
-        for result in results
+        name for name in COLUMNS if name in figures or (name == "offered_per_s" and len(results.rates) > 1)
     ]
 
 
-def noise_floor(result: ReplayResult, repeated: ReplayResult) -> dict[str, float]:
-    """Return how far the same policy moves when ties fall otherwise: relative differences by figure."""
-    first, second = result.summary(), repeated.summary()
-    return {
-        name: abs(second[name] / first[name] - 1) if first[name] else math.nan
-        for name in ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s")
-    }
+def cells(row: Row, columns: list[str]) -> list[str]:
+    """Return a row's figures as text; after ± half the width of the 95 % confidence interval."""
+    texts = []
+    for name in columns:
+        _, factor, decimals = COLUMNS[name]
+        value = row.offered_per_s if name == "offered_per_s" else row.figures[name]
+        if factor * value < 100 and decimals == 0:
+            decimals = 1
+        text = "-" if math.isnan(value) else f"{factor * value:,.{decimals}f}"
+        if name in row.half_widths and text != "-":
+            text += f" ±{factor * row.half_widths[name]:,.{decimals}f}"
+        texts.append(text)
+    return texts
 
 
-def to_json(results: Sequence[ReplayResult], noise: dict[str, float] | None) -> str:
-    """Return the records as JSON; a figure that does not exist is null."""
-    cleaned = [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        for record in records(results)
-    ]
-    return json.dumps({"results": cleaned, "noise_floor": noise}, indent=2)
+def tuned_text(results: Results) -> list[str]:
+    """Return a sentence for each policy that was tuned: the best value, at each rate."""
+    sentences = []
+    for tune in results.settings["tune"]:
+        name, tried = tune["grid"]["parameter"], len(tune["grid"]["values"])
+        rows = [
+            r for rate in results.rates for r in results.at(rate) if r.tuned and r.policy == tune["policy"]
+        ]
+        best = [f"{row.parameters[name]:g}" for row in rows]
+        if len(rows) > 1:
+            best = [f"{v} at {row.offered_per_s:.3g} requests/s" for v, row in zip(best, rows, strict=True)]
+        sentences.append(
+            f"Tuned {name} of {tune['policy']}: {', '.join(best)}; the best of {tried} values by the "
+            f"objective {results.settings['objective']}, chosen with hindsight on this trace."
+        )
+    return sentences
 
 
-def to_csv(results: Sequence[ReplayResult]) -> str:
-    """Return the records as CSV with a header."""
-    rows = records(results)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def print_table(results: Sequence[ReplayResult], noise: dict[str, float] | None, out: IO[str]) -> None:
-    """Print what was replayed, a row per policy, and the noise floor.
+def print_report(results: Results, out: IO[str]) -> None:
+    """Print what was replayed, a line per row, what was tuned, the noise floor and the verdict.
 
     Raises MissingExtra without the extra ``mulsched[replay]``.
     """
@@ -79,35 +75,29 @@ def print_table(results: Sequence[ReplayResult], noise: dict[str, float] | None,
         from rich.table import Table
     except ModuleNotFoundError as error:
         raise MissingExtra("tables need rich: pip install 'mulsched[replay]'") from error
-    first = results[0]
-    title = (
-        f"{first.trace}{' (synthetic)' if first.synthetic else ''}: {len(first.arrival_s)} requests, "
-        f"{first.instances} instances x {first.kv_blocks} blocks, {first.profile}, "
-        f"{first.loop} loop, cache {first.cache_source}, seed {first.seed}"
-    )
-    table = Table(title=title, title_justify="left", title_style="", padding=(0, 1, 0, 0))
-    heads = ["policy", *(f"{m}\n{q}" for m in ("TTFT ms", "TPOT ms") for q in ("mean", "p50", "p95", "p99"))]
-    for head in (*heads, "req/s", "tok/s", "hit\nratio", "requests\nmax/mean", "prefill\nmax/mean"):
-        table.add_column(head, justify="left" if head == "policy" else "right", no_wrap=True)
-    for result in results:
-        figures = result.summary()
-        times = [
-            f"{1000 * figures[f'{metric}_{q}_s']:.{digits}f}"
-            for metric, digits in (("ttft", 0), ("tpot", 1))
-            for q in ("mean", "p50", "p95", "p99")
-        ]
-        table.add_row(
-            result.label,
-            *times,
-            f"{figures['requests_per_s']:.2f}",
-            f"{figures['output_tokens_per_s']:.0f}",
-            f"{figures['hit_ratio']:.3f}",
-            f"{figures['request_spread']:.2f}",
-            f"{figures['prefill_spread']:.2f}",
-        )
+    table = Table(title=setting(results), title_justify="left", title_style="", padding=(0, 1, 0, 0))
+    columns = columns_of(results)
+    table.add_column("policy", no_wrap=True)
+    for name in columns:
+        table.add_column(COLUMNS[name][0], justify="right", no_wrap=True)
+    for rate in results.rates:
+        for row in results.at(rate):
+            table.add_row(row.label, *cells(row, columns))
+        table.add_section()
     # wide enough for every column, so that a redirected table is not cut to 80
-    Console(file=out, width=200).print(table)
-    if noise is not None:
-        moved = ", ".join(f"{name.removesuffix('_s')} {value:.1%}" for name, value in noise.items())
-        print(f"Noise floor: {first.label} with other ties and seed moves {moved}.", file=out)
-    print(PUBLISHED_NOISE, file=out)
+    Console(file=out, width=260).print(table)
+    repeat, rate = results.settings["repeat"], results.reference_rate
+    if repeat > 1:
+        print(
+            f"Means of {repeat} runs with other ties and seeds; ± is the 95 % interval by Student's t.",
+            file=out,
+        )
+    for sentence in tuned_text(results):
+        print(sentence, file=out)
+    for sentence in verdict_by_rate(results):
+        print(sentence, file=out)
+    if len(results.rates) > 1:
+        print(f"In detail at {results.at(rate)[0].offered_per_s:.3g} requests/s:", file=out)
+    print(noise_text(results, rate), file=out)
+    for sentence in verdict(results, rate):
+        print(sentence, file=out)

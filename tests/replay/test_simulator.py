@@ -1,8 +1,5 @@
 """Replays: the production router in front of modelled engines."""
 
-import dataclasses
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +9,6 @@ from mulsched import policies
 from mulsched.errors import InvalidArgument, UnknownPolicy
 from mulsched.policies import Policy
 from mulsched.replay import Disaggregation, Profile, builtin_profile, replay, replay_many, synthetic_trace
-from mulsched.replay.report import noise_floor, records, to_csv, to_json
 
 PROFILE = builtin_profile()
 
@@ -141,26 +137,6 @@ def test_a_policy_object_replays_too(chat):
 def test_bad_options_are_refused(chat, options, error, message):
     with pytest.raises(error, match=message):
         run(chat, **options)
-
-
-def test_reports_name_everything_that_was_replayed(chat):
-    results = [run(chat.slice(0, 10), name) for name in ("lmetric", "vllm")]
-    for record in records(results):
-        assert (record["trace"], record["profile"], record["seed"]) == ("synthetic:chat", "builtin-8b", 0)
-        assert record["instances"] == 3
-    loaded = json.loads(to_json(results, noise_floor(*results)))
-    assert [r["policy"] for r in loaded["results"]] == ["lmetric", "vllm"]
-    assert set(loaded["noise_floor"]) == {"ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s"}
-    header, *rows = to_csv(results).splitlines()
-    assert header.startswith("trace,synthetic,policy,profile,seed")
-    assert len(rows) == 2
-
-
-def test_a_figure_that_does_not_exist_is_null_in_json(chat):
-    single = dataclasses.replace(chat, output_tokens=np.ones(len(chat), dtype=np.int64)).slice(0, 5)
-    (record,) = json.loads(to_json([run(single)], None))["results"]
-    assert record["tpot_mean_s"] is None
-    assert record["ttft_mean_s"] > 0
 
 
 @settings(max_examples=20, deadline=None)
