@@ -29,6 +29,10 @@ class BlockPool {
   // The oldest block under this key, or kNoBlock.
   Id find(Key key) const noexcept { return by_key_.find(key); }
 
+  // Ask the processor for what a find, or a use, of these will touch.
+  void prefetch(Key key) const noexcept { by_key_.prefetch(key); }
+  void prefetch(Id id) const noexcept { __builtin_prefetch(&blocks_[id]); }
+
   // Another request uses the block.
   void use(Id id) {
     if (blocks_[id].uses++ == 0) {
@@ -48,6 +52,10 @@ class BlockPool {
       blocks_.emplace_back();
     } else {
       unlink(id);
+      if (head_ != kNoBlock) {  // it will be taken next
+        prefetch(blocks_[head_].key);
+        if (blocks_[head_].next != kNoBlock) prefetch(blocks_[head_].next);
+      }
       evicted.push_back(blocks_[id].key);
       forget(id);
     }
@@ -152,7 +160,7 @@ class BlockPool {
   std::vector<Block> blocks_;  // those that were used ever
   std::vector<Id> blank_;      // used before, free now, without a key
   Id head_ = kNoBlock, tail_ = kNoBlock;
-  FlatMap by_key_;  // key -> oldest copy
+  FlatMapOf<8> by_key_;  // key -> oldest copy; nobody counts an engine model's memory, so it may be quick
 };
 
 }  // namespace mulsched

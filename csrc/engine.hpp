@@ -169,6 +169,8 @@ class Engine {
   }
 
  private:
+  static constexpr std::size_t kAhead = 8;  // keys to ask memory for in advance
+
   struct Sequence {
     std::int64_t request = 0, prompt = 0, output = 0, transferred = 0;
     std::int64_t computed = 0;   // tokens with KV, as of the last step that was not decode
@@ -223,11 +225,13 @@ class Engine {
     hits_.clear();
     std::int64_t idle = 0;
     while (hits_.size() < most) {
+      if (hits_.size() + kAhead < most) pool_.prefetch(s.keys[hits_.size() + kAhead]);
       const BlockPool::Id block = pool_.find(s.keys[hits_.size()]);
       if (block == BlockPool::kNoBlock) break;
-      idle += pool_.idle(block);
+      pool_.prefetch(block);
       hits_.push_back(block);
     }
+    for (const BlockPool::Id block : hits_) idle += pool_.idle(block);
     const auto n_hits = static_cast<std::int64_t>(hits_.size());
     const std::int64_t cached = n_hits * limits_.block_size;
     const std::int64_t computed = std::max(cached, std::min(s.transferred, s.target - 1));
@@ -317,7 +321,10 @@ class Engine {
   void register_full(Sequence& s, std::int64_t tokens) {
     const auto full = std::min(static_cast<std::size_t>(tokens / limits_.block_size), s.keys.size());
     if (full <= s.registered) return;
-    for (std::size_t i = s.registered; i < full; ++i) pool_.cache(s.blocks[i], s.keys[i]);
+    for (std::size_t i = s.registered; i < full; ++i) {
+      if (i + kAhead < full) pool_.prefetch(s.keys[i + kAhead]);
+      pool_.cache(s.blocks[i], s.keys[i]);
+    }
     flush_evicted();
     const bool has_parent = s.registered > 0;
     append_change(s.keys.data() + s.registered, full - s.registered, true, has_parent,
