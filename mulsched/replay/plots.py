@@ -26,6 +26,7 @@ __all__ = ["Plot", "plots_of", "render"]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 _MARKERS = "osD^vPX*<>"
+_MANY = 8  # policies that a legend inside a plot, or two columns of panels, have room for
 
 _STYLE: Any = {
     "font.size": 10,
@@ -111,6 +112,14 @@ def _line(styles: dict[str, dict[str, Any]], series: str) -> dict[str, Any]:
     return {name: value for name, value in styles[series].items() if name != "marker"}
 
 
+def _legend(figure: "Figure", axes: "Axes", entries: int, *, loc: Literal["best", "lower right"]) -> None:
+    """Name the lines: in the plot, or beside it where they are many."""
+    if entries <= _MANY:
+        axes.legend(fontsize=8, loc=loc)
+    else:
+        figure.legend(fontsize=7, loc="outside right upper")
+
+
 def _cdf(results: Results, shown: Sequence[Shown], metric: Literal["ttft", "tpot"]) -> Plot:
     name = metric.upper()
     figure, styles = _new_figure(6.4, 4.2), _styles(results)
@@ -132,7 +141,7 @@ def _cdf(results: Results, shown: Sequence[Shown], metric: Literal["ttft", "tpot
         ylim=(0, 1.01),
     )
     axes.set_xlim(right=1000 * most)
-    axes.legend(fontsize=8, loc="lower right")
+    _legend(figure, axes, len(shown), loc="lower right")
     medians = ", ".join(f"{s.row.label} {1000 * s.row.figures[f'{metric}_p50_s']:,.1f}" for s in shown)
     return Plot(
         name=f"{metric}_cdf",
@@ -199,7 +208,7 @@ def _trade_off(results: Results, shown: Sequence[Shown]) -> Plot:
             _plain_ticks(axis)
     axes.margins(0.12)
     axes.set(xlabel="mean TTFT, ms", ylabel="mean TPOT, ms")
-    axes.legend(fontsize=8)
+    _legend(figure, axes, len(shown), loc="best")
     return Plot(
         name="trade_off",
         title="Trade-off",
@@ -215,11 +224,11 @@ def _trade_off(results: Results, shown: Sequence[Shown]) -> Plot:
 def _load(results: Results, shown: Sequence[Shown]) -> Plot:
     from matplotlib.colors import PowerNorm
 
-    columns = 1 if len(shown) == 1 else 2
+    columns = 1 if len(shown) == 1 else 2 if len(shown) <= _MANY else 3
     lines = math.ceil(len(shown) / columns)
     instances = len(shown[0].batch)
     height = min(2.6, max(1.2, 0.6 + 0.12 * instances))
-    figure = _new_figure(6.4 * columns, 0.9 + height * lines)
+    figure = _new_figure(6.4 if columns == 1 else 12.8, 0.9 + height * lines)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     peaks = [max(float(s.batch.max()), 1.0) for s in shown]
     # square roots keep an even panel readable beside one that is overloaded

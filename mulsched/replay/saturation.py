@@ -21,13 +21,13 @@ _BISECTIONS = 3
 
 
 def is_saturated(result: ReplayResult) -> bool:
-    """Whether more than one request in twenty still has no first token when the last one arrives.
+    """Whether more than one request in twenty still has no first token when the last one arrives, that apart.
 
     In a cluster that keeps up, these are a TTFT's worth of arrivals. One that can serve 19 in 20 or less of
     what comes to it ends with more. The bound is arbitrary; a trace must be longer than 20 times its TTFT.
     """
-    late = result.first_token_s > result.arrival_s.max()
-    return bool(late.mean() > _UNSERVED)
+    late = int((result.first_token_s > result.arrival_s.max()).sum())
+    return late - 1 > _UNSERVED * len(result.arrival_s)
 
 
 def rates_to_saturation(

@@ -24,7 +24,7 @@ def trace():
 def test_more_than_a_twentieth_unserved_at_the_last_arrival_is_saturation(trace):
     result = replay(trace, "vllm", **OPTIONS)
     last, n = result.arrival_s.max(), len(trace)
-    for late, expected in ((n // 20, False), (n // 20 + 1, True)):
+    for late, expected in ((n // 20 + 1, False), (n // 20 + 2, True)):
         first = np.where(np.arange(n) < late, last + 1, result.arrival_s)
         assert is_saturated(dataclasses.replace(result, first_token_s=first)) is expected
 
