@@ -112,6 +112,17 @@ TABLE = StepTable(
 )
 
 
+def test_with_every_event_heard_no_stored_block_is_without_its_parent():
+    rng = np.random.default_rng(1)
+    for _ in range(20):  # of prompts that repeat, so that engines hold copies, and evict
+        drawn = [
+            (rng.random() / 10, rng.integers(0, 2, rng.integers(0, 7)).tolist(), 0, 5, -1, False)
+            for _ in range(40)
+        ]
+        for result in twins(trace_of(drawn), "lmetric", profile=SMALL, instances=2):
+            assert result["orphans"] == 0
+
+
 @pytest.mark.parametrize(
     "step_time",
     [

@@ -184,10 +184,6 @@ def test_of_lost_events_the_router_knows_nothing_and_what_follows_them_has_no_pl
     assert run(chat, event_loss_ratio=1.0).hit_tokens.sum() == 0
 
 
-def test_without_losses_every_stored_block_has_its_place(chat):
-    assert run(chat).orphans == 0
-
-
 def test_prefill_and_decode_apart_share_no_instance(chat):
     result = run(chat, instances=4, disaggregation=Disaggregation(1))
     assert set(result.instance) == {0}
