@@ -216,6 +216,15 @@ def test_info_tells_backend_and_policies(capsys):
     assert "  linear:weight=0.7\n" in out
 
 
+def test_commands_load_without_any_extra():
+    blocked = (
+        "import sys; sys.modules.update(dict.fromkeys(['rich', 'jinja2', 'matplotlib', 'pyarrow', 'scipy']))"
+    )
+    program = f"{blocked}; from mulsched.cli import main; sys.exit(main(['info']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("mulsched ")
+
+
 def test_it_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "mulsched", "info"], capture_output=True, text=True, check=True

@@ -37,6 +37,19 @@ if README.exists():
         router.add_instance("a")
         assert router.select([1, 2, 3]).policy == "guarded"
 
+    def test_the_code_of_the_experiments_page_runs(capsys):
+        (code,) = re.findall(
+            r"```python\n(.*?)```", (README.parent / "docs" / "experiments.md").read_text(), re.DOTALL
+        )
+        exec(compile(code, "experiments.md", "exec"), {})
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.rpartition(" ")[0].rpartition(" ")[0].partition("(")[0] for line in lines[:3]] == [
+            "lmetric",
+            "linear",
+            "linear",
+        ]
+        assert lines[4].startswith("Mean TTFT is lowest under ")
+
     def test_its_policies_are_those_there_are():
         from mulsched import policies
 
