@@ -12,7 +12,7 @@ import numpy as np
 
 import mulsched
 from dynamo_replay.experiments import AMPLE, experiments
-from dynamo_replay.routing import follow, whole_blocks
+from dynamo_replay.routing import alike, follow, whole_blocks
 from dynamo_replay.simulators import Outcome, Setup, run_dynamo, run_mulsched
 from dynamo_replay.speed import ROUTERS, first_requests, jobs, measure
 from mulsched.replay import Trace, read_trace, synthetic_trace
@@ -140,26 +140,25 @@ def print_results(trace: Trace, repeats: int) -> None:
         f"blocks of {setup.block_size}\n"
     )
     counted_apart = {"router_assume_kv_reuse": False}
+    apart = [run_dynamo(trace, setup, "kv_router", router=counted_apart) for _ in range(repeats)]
+    ours = [run_mulsched(trace, setup, "dynamo", seed=seed) for seed in range(repeats)]
     rows = [
         results_row("Dynamo round_robin", [run_dynamo(trace, setup)], setup),
         results_row("mulsched round_robin", [run_mulsched(trace, setup)], setup),
         results_row(
             "Dynamo kv_router", [run_dynamo(trace, setup, "kv_router") for _ in range(repeats)], setup
         ),
-        results_row(
-            "Dynamo kv_router, shared blocks counted for each request",
-            [run_dynamo(trace, setup, "kv_router", router=counted_apart) for _ in range(repeats)],
-            setup,
-        ),
-        results_row(
-            "mulsched dynamo",
-            [run_mulsched(trace, setup, "dynamo", seed=seed) for seed in range(repeats)],
-            setup,
-        ),
+        results_row("Dynamo kv_router, shared blocks counted for each request", apart, setup),
+        results_row("mulsched dynamo", ours, setup),
         results_row("mulsched lmetric", [run_mulsched(trace, setup, "lmetric")], setup),
     ]
     heads = [name.replace("TTFT ", "TTFT ms ").replace("TPOT ", "TPOT ms ") for name, _ in FIGURES]
     print_table(("simulator, policy", *heads, "runs", "TTFT mean, low to high"), rows)
+    longest = max(alike(theirs, run) for theirs in apart for run in ours)
+    print(
+        f"The fourth row and the fifth send the first {longest:,} requests the same ways, in the runs that "
+        "agree longest."
+    )
 
 
 def results_row(name: str, runs: list[Outcome], setup: Setup) -> list[str]:
@@ -178,9 +177,9 @@ def print_speed(requests: int, timings: int) -> None:
     print(f"## Seconds for the same job, median of {timings}\n")
     rows = []
     for job in jobs(requests, longer_s=600):
-        for router_mode, policy in ROUTERS.items():
+        for router_mode, policy in ROUTERS:
             for pinned in (True, False):
-                theirs, ours, roofline = measure(job, router_mode, pinned=pinned, repeats=timings)
+                theirs, ours, roofline = measure(job, router_mode, policy, pinned=pinned, repeats=timings)
                 size = f"{len(job.trace):,} requests, {job.trace.output_tokens.sum():,} tokens out"
                 rows.append(
                     [

@@ -57,10 +57,9 @@ def without_sharing(trace: Trace) -> Trace:
     )
 
 
-def without_partial_blocks(trace: Trace, block_size: int) -> Trace:
-    """Outputs grow until the tokens with KV, all but the last output, fill whole blocks."""
-    missing = (1 - trace.prompt_tokens - trace.output_tokens) % block_size
-    return replace(trace, output_tokens=trace.output_tokens + missing)
+def of_one_length(trace: Trace, prompt_tokens: int) -> Trace:
+    """No prompt shares anything, and the mean of several is a whole number of tokens."""
+    return replace(without_sharing(trace), prompt_tokens=np.full(len(trace), prompt_tokens))
 
 
 def twice(trace: Trace) -> Trace:
@@ -107,21 +106,21 @@ def experiments(*, duration_s: float = 240.0) -> Iterator[Experiment]:
     dense = synthetic_trace("chat", duration_s=duration_s / 2, seed=1).scale_rate(8)
     one = Setup(instances=1, kv_blocks=AMPLE, fixed_timing=True)
     four = replace(one, instances=4)
-    tight = replace(four, kv_blocks=8_000)
     yield Experiment("one worker, ample cache, nothing shared, fixed step times", without_sharing(chat), one)
     yield Experiment("prompts share prefixes", chat, one)
     yield Experiment("four workers", chat, four)
     yield Experiment("8 x the rate, 2,048 tokens a step", dense, replace(four, max_batched_tokens=2_048))
     yield Experiment("8 x the rate, 32 requests at a time", dense, replace(four, max_num_seqs=32))
     yield Experiment("one worker, every prompt twice within 1 us", twice(chat), one)
-    yield Experiment("8,000 blocks", chat, tight)
-    yield Experiment("8,000 blocks, no partial last blocks", without_partial_blocks(chat, 16), tight)
+    yield Experiment("four workers, 8,000 blocks: eviction", chat, replace(four, kv_blocks=8_000))
     yield Experiment("8 x the rate, 6,000 blocks: preemption", dense, replace(four, kv_blocks=6_000))
     yield Experiment(
         "a prompt that does not fit yet, 2,048 tokens a step",
         two_that_do_not_fit(),
         replace(one, kv_blocks=1_000, max_batched_tokens=2_048),
     )
+    formula = replace(four, fixed_timing=False)
+    yield Experiment("four workers, ample cache, Dynamo's formula for step times", chat, formula)
     yield Experiment(
-        "four workers, ample cache, Dynamo's formula for step times", chat, replace(four, fixed_timing=False)
+        "the same, every prompt 1,000 tokens, nothing shared", of_one_length(chat, 1_000), formula
     )

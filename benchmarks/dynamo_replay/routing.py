@@ -104,6 +104,15 @@ def follow(
     return Followed(rule=by_rule / len(trace), ours=by_ours / len(trace))
 
 
+def alike(one: Outcome, other: Outcome) -> int:
+    """Return how many requests from the first on went the same way, whatever the workers are called."""
+    name: dict[int, int] = {}
+    for i, (here, there) in enumerate(zip(one.instance.tolist(), other.instance.tolist(), strict=True)):
+        if name.setdefault(here, there) != there or len(set(name.values())) < len(name):
+            return i
+    return len(one.instance)
+
+
 def _moments(run: Outcome) -> list[tuple[str, int]]:
     """What the router hears, in order: at one time ends come before arrivals."""
     moments = [

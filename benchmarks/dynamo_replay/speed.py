@@ -12,8 +12,8 @@ import numpy as np
 from dynamo_replay.simulators import Outcome, Setup, run_dynamo, run_mulsched
 from mulsched.replay import Roofline, Trace, synthetic_trace
 
-ROUTERS = {"round_robin": "round_robin", "kv_router": "dynamo"}
-"""Dynamo's router modes and the policies of ours that stand beside them."""
+ROUTERS = (("round_robin", "round_robin"), ("kv_router", "dynamo"), ("kv_router", "lmetric"))
+"""Dynamo's router modes and the policies of ours that are timed beside them."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ def jobs(count: int, longer_s: float) -> Iterator[Job]:
     yield Job("api", synthetic_trace("api", duration_s=longer_s, seed=1), setup)
 
 
-def measure(job: Job, router_mode: str, *, pinned: bool, repeats: int) -> tuple[Times, Times, Times]:
+def measure(
+    job: Job, router_mode: str, policy: str, *, pinned: bool, repeats: int
+) -> tuple[Times, Times, Times]:
     """Time Dynamo, ours with Dynamo's formula for step times, and ours with the built-in roofline."""
     cores = os.sched_getaffinity(0)
     # set before Dynamo is loaded, so that its threads inherit it
@@ -80,12 +82,10 @@ def measure(job: Job, router_mode: str, *, pinned: bool, repeats: int) -> tuple[
         initializer=os.sched_setaffinity,
         initargs=(0, {min(cores)} if pinned else cores),
     ) as process:
-        return process.submit(_times, job, router_mode, repeats).result()
+        return process.submit(_times, job, router_mode, policy, repeats).result()
 
 
-def _times(job: Job, router_mode: str, repeats: int) -> tuple[Times, Times, Times]:
-    policy = ROUTERS[router_mode]
-
+def _times(job: Job, router_mode: str, policy: str, repeats: int) -> tuple[Times, Times, Times]:
     def once(trace: Trace) -> tuple[Outcome, Outcome, Outcome]:
         return (
             run_dynamo(trace, job.setup, router_mode, details=False),
