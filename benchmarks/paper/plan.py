@@ -39,8 +39,8 @@ def _bailian(hit: float) -> dict[str, float]:
 
 GRIDS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "linear": tuple({"weight": w} for w in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)),
-    "dynamo": tuple({"overlap_weight": w} for w in (0.5, 1.0, 2.0, 4.0, 8.0)),
-    "bailian": tuple(_bailian(w) for w in (0.4, 0.7, 0.9, 0.98)),
+    "dynamo": tuple({"overlap_weight": w} for w in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
+    "bailian": tuple(_bailian(w) for w in (0.2, 0.4, 0.7, 0.9, 0.98)),
 }
 
 STATE_DELAYS_S = (0.0, 0.05, 0.1, 0.2, 0.5)
@@ -131,7 +131,8 @@ def runs(cell: Cell, tuned: Mapping[str, Any] | None) -> list[Run]:
         defaults = [Run(name) for name in (*PAPER_POLICIES, *WANTED_POLICIES)]
         return repeats() + defaults + _trials("linear", "dynamo", "bailian")
     if cell.stage == "losing":
-        return repeats() + [Run(name) for name in LOSING_POLICIES] + _trials("linear")
+        trials = [run for run in _trials("linear") if run.parameters["weight"] in (0.3, 0.6, 0.9)]
+        return repeats() + [Run(name) for name in LOSING_POLICIES] + trials
     if cell.stage == "sweep":
         best = Run("linear", tuned or {}, role="trial")
         return [*repeats(3), *(Run(name) for name in ("vllm", "dynamo", "sticky", "least_p_tokens")), best]
@@ -140,9 +141,13 @@ def runs(cell: Cell, tuned: Mapping[str, Any] | None) -> list[Run]:
     assert cell.stage == "stale"
     return [
         Run(name, given, state_delay_s=delay, event_loss_ratio=loss)
-        for name, given in (("lmetric", {}), ("linear", tuned or {}), ("vllm", {}))
+        for name, given, losses in (
+            ("lmetric", {}, EVENT_LOSSES),
+            ("linear", tuned or {}, (EVENT_LOSSES[0], EVENT_LOSSES[-1])),
+            ("vllm", {}, EVENT_LOSSES[:1]),  # it reads no events
+        )
         for delay in STATE_DELAYS_S
-        for loss in (EVENT_LOSSES if name != "vllm" else EVENT_LOSSES[:1])  # it reads no events
+        for loss in losses
     ]
 
 
@@ -153,22 +158,32 @@ def cells() -> list[Cell]:
     swept = [Setup(trace, "qwen2") for trace in ("chat", "api", "coder", "mooncake")]
     small = [Setup(trace, "qwen2", kv_blocks=SMALL_KV_BLOCKS) for trace in ("thinking", "chat", "coder")]
     agents = Setup("agentic", "qwen2", instances=8)
-    return [
+    order = [
         *(Cell("main", setup) for setup in tables[:4]),
         Cell("losing", small[0], 0.5),
-        Cell("losing", small[0], 0.7),
+        *(Cell("ablation", setup, 0.5) for setup in swept[:3]),
+        *(Cell("sweep", swept[0], load) for load in SWEEP_LOADS),
         Cell("losing", agents, 0.5),
-        *(Cell("ablation", setup, 0.5) for setup in swept),
+        Cell("stale", swept[0], 0.5),
+        Cell("main", moe[0]),
+        Cell("losing", small[0], 0.7),
         Cell("main", tables[5]),
+        Cell("losing", small[1], 0.5),
+        *(Cell("sweep", swept[2], load) for load in SWEEP_LOADS),
+        Cell("main", moe[1]),
+        Cell("main", moe[3]),
+        Cell("stale", swept[2], 0.5),
+        Cell("ablation", swept[3], 0.5),
+        Cell("main", moe[2]),
+    ]
+    rest = [
         *(Cell("sweep", setup, load) for setup in swept for load in SWEEP_LOADS),
-        *(Cell("stale", setup, 0.5) for setup in (swept[0], swept[2])),
-        *(Cell("main", setup) for setup in moe[:4]),
-        *(Cell("losing", setup, 0.5) for setup in small[1:]),
+        *(Cell("losing", setup, load) for setup in small[1:] for load in (0.5, 0.7)),
         *(Cell("ablation", setup, 0.85) for setup in swept),
         Cell("main", tables[4]),
-        *(Cell("losing", setup, 0.7) for setup in small[1:]),
         Cell("losing", agents, 0.8),
         Cell("main", moe[5]),
         Cell("main", moe[4]),
         Cell("main", Setup("agentic", "qwen2")),
     ]
+    return list(dict.fromkeys(order + rest))

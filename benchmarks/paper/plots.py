@@ -9,6 +9,7 @@ mpl.use("Agg")  # before pyplot: no display
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from results import SWEPT, Table
 
 MEANS = (("ttft_mean_s", "mean TTFT"), ("tpot_mean_s", "mean TPOT"))
@@ -47,9 +48,7 @@ def overview(cells: list[Table]) -> plt.Figure | None:
         labels = [t.title.replace(", ", "\n") for t in shown]
         ax.set_xticks(range(len(shown)), labels, fontsize=7, rotation=90)
         ax.set_yticks(range(len(names)), names)
-        ax.set_title(
-            f"{title} over LMetric's, half of the maximum rate (blue: better than LMetric)", fontsize=9
-        )
+        ax.set_title(f"{title} over LMetric's (blue: better)", fontsize=9)
     figure.colorbar(image, ax=axes, label="log2 of the ratio", shrink=0.6)
     return figure
 
@@ -76,11 +75,8 @@ def weights(cells: list[Table]) -> plt.Figure | None:
             floor = table.floor(key)
             ax.axhspan(1 - floor, 1 + floor, color=colour, alpha=0.12)
         ax.axhline(1, color="black", lw=1, label="LMetric")
-        ax.set_yscale("log")
+        _log_scale(ax)
         ax.set_title(table.title, fontsize=8)
-        ax.yaxis.set_major_formatter("{x:.3g}")
-        ax.yaxis.set_minor_formatter("{x:.2g}")
-        ax.tick_params(labelsize=7, which="both")
     axes[0, 0].legend(fontsize=7)
     figure.supxlabel("weight of the miss ratio", fontsize=9)
     figure.supylabel("over LMetric's", fontsize=9)
@@ -111,8 +107,7 @@ def rates(cells: list[Table]) -> plt.Figure | None:
                 having = [t for t in points if policy in t.others]
                 values = [1e3 * t.others[policy][key] for t in having]
                 ax.plot([t.load for t in having], values, ".-", color=COLOURS[policy], label=policy, lw=1)
-            ax.set_yscale("log")
-            ax.tick_params(labelsize=7, which="both")
+            _log_scale(ax)
             if column == 0:
                 ax.set_ylabel(f"{name}, ms")
         axes[0, column].set_title(title, fontsize=8)
@@ -147,3 +142,13 @@ def stale(cells: list[Table]) -> plt.Figure | None:
         axes[1, column].set_xlabel("state late by, ms")
     axes[0, 0].legend(fontsize=7)
     return figure
+
+
+def _log_scale(ax: plt.Axes) -> None:
+    """Use a logarithmic axis with plain numbers; the default has none between powers of ten."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(MaxNLocator(5) if high < 8 * low else LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.tick_params(labelsize=7, which="both")

@@ -14,9 +14,9 @@ SMALL_KV_BLOCKS = 8_000  # a tenth of what qwen2-7b-h20 holds
 
 # about 6,000 requests each; 2,400 of thinking, whose answers are ten times as long
 DURATIONS_S = {"chat": 1000.0, "api": 260.0, "coder": 1000.0, "tool_agent": 900.0, "thinking": 1600.0}
-MOONCAKE_S = 1800.0
+MOONCAKE_S = 1500.0
 MAX_PROMPT_TOKENS = 128_000
-AGENTIC_SESSIONS, AGENTIC_TURNS, AGENTIC_PAUSE_S, AGENTIC_SPREAD_S = 150, 25, 600.0, 1200.0
+AGENTIC_SESSIONS, AGENTIC_TURNS, AGENTIC_PAUSE_S, AGENTIC_SPREAD_S = 100, 25, 600.0, 1200.0
 
 FILES = {
     "mooncake": "mooncake/conversation_trace.jsonl",
