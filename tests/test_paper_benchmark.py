@@ -139,9 +139,13 @@ def test_lmetric_without_its_queue_decides_as_the_hit_ratio_times_batch_size():
         assert plan.no_queue().score(columns) / 1000 == pytest.approx(by_ratio)
 
 
-def test_sessions_end_at_their_first_long_pause_and_keep_their_order():
-    n = 6
-    trace = Trace(
+def sessions(session, think_s):
+    n = len(session)
+    last, previous = {}, []
+    for i, name in enumerate(session):
+        previous.append(last.get(name, -1))
+        last[name] = i
+    return Trace(
         name="t",
         block_size=16,
         arrival_s=np.arange(n, dtype=np.float64),
@@ -150,12 +154,21 @@ def test_sessions_end_at_their_first_long_pause_and_keep_their_order():
         run_start=np.arange(n),
         run_length=np.ones(n, dtype=np.int64),
         run_offset=np.arange(n + 1),
-        session=np.array([0, 0, 1, 0, 2, 0]),
-        previous=np.array([-1, 0, -1, 1, -1, 3]),
-        think_s=np.array([0.0, 5.0, 0.0, 700.0, 0.0, 1.0]),
+        session=np.array(session),
+        previous=np.array(previous),
+        think_s=np.array(think_s),
     )
-    cut = first_turns(trace, sessions=2, turns=25, pause_s=600)
-    assert (cut.arrival_s.tolist(), cut.previous.tolist()) == ([0.0, 1.0, 2.0], [-1, 0, -1])
+
+
+def test_a_session_ends_at_its_first_long_pause_and_at_its_last_turn():
+    trace = sessions([0, 0, 1, 0, 1, 1, 0], [0.0, 5.0, 0.0, 700.0, 1.0, 1.0, 1.0])
+    cut = first_turns(trace, sessions=2, turns=2, pause_s=600)
+    assert (cut.arrival_s.tolist(), cut.previous.tolist()) == ([0.0, 1.0, 2.0, 4.0], [-1, 0, -1, 2])
+
+
+def test_a_session_too_many_does_not_end_those_before_it():
+    trace = sessions([0, 1, 2, 0, 2, 1], [0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    assert first_turns(trace, sessions=2).session.tolist() == [0, 1, 0, 1]
 
 
 def test_the_page_is_what_its_result_files_give():

@@ -177,7 +177,7 @@ def cells() -> list[Cell]:
         Cell("main", moe[2]),
     ]
     rest = [
-        *(Cell("sweep", setup, load) for setup in swept for load in SWEEP_LOADS),
+        *(Cell("sweep", setup, load) for setup in (*swept, tables[3]) for load in SWEEP_LOADS),
         *(Cell("losing", setup, load) for setup in small[1:] for load in (0.5, 0.7)),
         *(Cell("ablation", setup, 0.85) for setup in swept),
         Cell("main", tables[4]),

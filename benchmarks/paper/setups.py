@@ -16,7 +16,7 @@ SMALL_KV_BLOCKS = 8_000  # a tenth of what qwen2-7b-h20 holds
 DURATIONS_S = {"chat": 1000.0, "api": 260.0, "coder": 1000.0, "tool_agent": 900.0, "thinking": 1600.0}
 MOONCAKE_S = 1500.0
 MAX_PROMPT_TOKENS = 128_000
-AGENTIC_SESSIONS, AGENTIC_TURNS, AGENTIC_PAUSE_S, AGENTIC_SPREAD_S = 100, 25, 600.0, 1200.0
+AGENTIC_SESSIONS, AGENTIC_TURNS, AGENTIC_PAUSE_S, AGENTIC_SPREAD_S = 200, 25, 600.0, 2000.0
 
 FILES = {
     "mooncake": "mooncake/conversation_trace.jsonl",
@@ -111,7 +111,7 @@ def first_turns(
     for i, session in enumerate(trace.session.tolist()):
         turn = seen.get(session, 0)
         seen[session] = turn + 1
-        if turn >= turns or trace.think_s[i] > pause_s or len(seen) > sessions:
+        if turn >= turns or trace.think_s[i] > pause_s or (turn == 0 and len(seen) > sessions):
             ended.add(session)
         keep[i] = session not in ended
     note = f"first {turns} turns of {sessions} sessions, each up to its first pause over {pause_s:g} s"
