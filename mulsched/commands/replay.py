@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from mulsched.commands._progress import progress_bar
 from mulsched.commands._workload import add_trace_options, profile_of, rate_scale_of, trace_at
 from mulsched.errors import InvalidArgument
 from mulsched.policies import parse_spec
-from mulsched.replay.experiment import OBJECTIVES, Experiment, Progress, TraceAt, run_experiment
+from mulsched.replay.experiment import OBJECTIVES, Experiment, run_experiment
 from mulsched.replay.grid import Grid, parse_grid, parse_tune
 from mulsched.replay.profile import BUILTIN_PROFILES, Profile, StepTable
 from mulsched.replay.report import print_report
@@ -158,6 +158,10 @@ def _sweeps_rate(options: argparse.Namespace) -> bool:
     return bool(options.sweep) and options.sweep[0].partition("=")[0].strip() == "rate"
 
 
+def _asks_for_rates(options: argparse.Namespace) -> bool:
+    return _sweeps_rate(options) and "=" not in options.sweep[0]
+
+
 def _run(options: argparse.Namespace) -> int:
     _check(options)
     experiment = _experiment(options)
@@ -168,8 +172,11 @@ def _run(options: argparse.Namespace) -> int:
             directory = check_new(Path(options.out))
             keep = stack.enter_context(closing(RequestWriter(directory))).write
         progress = stack.enter_context(progress_bar())
-        if _sweeps_rate(options):
-            experiment = _with_rates(options, experiment, traces, progress)
+        if _asks_for_rates(options):
+            rates = rates_to_saturation(
+                experiment.policies[0], traces, experiment.options, seed=options.seed, progress=progress
+            )
+            experiment = dataclasses.replace(experiment, rates=rates)
         trace = traces(experiment.rates[0])
         results = run_experiment(
             experiment,
@@ -186,9 +193,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _experiment(options: argparse.Namespace) -> Experiment:
-    sweep = None
+    sweep: Grid | None = None
+    rates: Sequence[float] = (rate_scale_of(options),)
     if options.sweep and not _sweeps_rate(options):
         sweep = parse_grid(options.sweep[0])
+    elif options.sweep and not _asks_for_rates(options):
+        rates = parse_grid(options.sweep[0]).values
     instances = options.instances
     if instances is None:
         instances = DEFAULT_INSTANCES if options.trace is None else 16
@@ -205,7 +215,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
             "event_loss_ratio": options.event_loss,
             "disaggregation": prefill if prefill is None else Disaggregation(prefill),
         },
-        rates=(rate_scale_of(options),),
+        rates=rates,
         sweep=sweep,
         tunes=[parse_tune(text) for text in options.tune],
         objective=options.objective or next(iter(OBJECTIVES)),
@@ -216,20 +226,9 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     )
 
 
-def _with_rates(
-    options: argparse.Namespace, experiment: Experiment, traces: TraceAt, progress: Progress
-) -> Experiment:
-    default = None
-    if "=" not in options.sweep[0]:
-        default = rates_to_saturation(
-            experiment.policies[0], traces, experiment.options, seed=options.seed, progress=progress
-        )
-    grid: Grid = parse_grid(options.sweep[0], default=default)
-    return dataclasses.replace(experiment, rates=grid.values)
-
-
 def _settings(options: argparse.Namespace, trace: Trace, profile: Profile) -> Mapping[str, Any]:
-    limits = {f.name: getattr(profile, f.name) for f in dataclasses.fields(profile)}
+    # of the blocks, those that were replayed are with the other settings
+    limits = {f.name: getattr(profile, f.name) for f in dataclasses.fields(profile) if f.name != "kv_blocks"}
     return {
         "mulsched": version("mulsched"),
         "backend": BACKEND,

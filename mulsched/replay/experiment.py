@@ -65,6 +65,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.policies or not self.rates:
             raise InvalidArgument("an experiment needs a policy and a rate")
+        if len(set(self.rates)) < len(self.rates):
+            raise InvalidArgument(f"each rate may be given once, got {list(self.rates)}")
         labels = [spec.check().label for spec in self.policies]
         if len(set(labels)) < len(labels):
             raise InvalidArgument(f"each policy may be given once, got {', '.join(labels)}")

@@ -60,14 +60,11 @@ def _number(text: str) -> int | float:
         return float(text)
 
 
-def parse_grid(text: str, *, default: tuple[int | float, ...] | None = None) -> Grid:
-    """Read ``NAME=V,V,..`` or ``NAME``, which takes ``default`` or an entry of ``DEFAULT_GRIDS``.
-
-    Raises InvalidArgument.
-    """
+def parse_grid(text: str) -> Grid:
+    """Read ``NAME=V,V,..``, or ``NAME`` of an entry of ``DEFAULT_GRIDS``. Raises InvalidArgument."""
     name, equals, listed = (piece.strip() for piece in text.partition("="))
     if not equals:
-        values = default or DEFAULT_GRIDS.get(name)
+        values = DEFAULT_GRIDS.get(name)
         if values is None:
             raise InvalidArgument(f"{name!r} has no default values, write {name}=VALUE,VALUE,...")
         return Grid(name, values)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mulsched.errors import MissingExtra
 from mulsched.replay.plots import Plot, plots_of, render
-from mulsched.replay.report import COLUMNS, cells, columns_of, tuned_text
+from mulsched.replay.report import COLUMNS, cells, columns_of, slo_text, tuned_text
 from mulsched.replay.results import RequestReader, Results, Row
 from mulsched.replay.shown import load_shown
 from mulsched.replay.verdict import noise_text, setting, verdict, verdict_by_rate
@@ -102,6 +102,7 @@ def _content(results: Results) -> dict[str, Any]:
         "settings": _settings(results),
         "notes": s["notes"],
         "repeat": s["repeat"],
+        "slo": slo_text(results),
         "command": s["command"],
         "version": s["mulsched"],
     }

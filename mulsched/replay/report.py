@@ -5,9 +5,10 @@ from typing import IO
 
 from mulsched.errors import MissingExtra
 from mulsched.replay.results import Results, Row
+from mulsched.replay.slo import Slo
 from mulsched.replay.verdict import noise_text, setting, verdict, verdict_by_rate
 
-__all__ = ["COLUMNS", "cells", "columns_of", "print_report", "tuned_text"]
+__all__ = ["COLUMNS", "cells", "columns_of", "print_report", "slo_text", "tuned_text"]
 
 COLUMNS: dict[str, tuple[str, float, int]] = {
     "offered_per_s": ("offered\nreq/s", 1, 2),
@@ -45,6 +46,12 @@ def cells(row: Row, columns: list[str]) -> list[str]:
             text += f" ±{factor * row.half_widths[name]:,.{decimals}f}"
         texts.append(text)
     return texts
+
+
+def slo_text(results: Results) -> str | None:
+    """Return what the goodput counts as a sentence, if there is an SLO."""
+    slo = results.settings["slo"]
+    return None if slo is None else f"Goodput counts requests with {Slo(**slo)}."
 
 
 def tuned_text(results: Results) -> list[str]:
@@ -92,8 +99,9 @@ def print_report(results: Results, out: IO[str]) -> None:
             f"Means of {repeat} runs with other ties and seeds; ± is the 95 % interval by Student's t.",
             file=out,
         )
-    for sentence in tuned_text(results):
-        print(sentence, file=out)
+    for sentence in (slo_text(results), *tuned_text(results)):
+        if sentence is not None:
+            print(sentence, file=out)
     for sentence in verdict_by_rate(results):
         print(sentence, file=out)
     if len(results.rates) > 1:

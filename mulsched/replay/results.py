@@ -22,6 +22,11 @@ FORMAT = "mulsched-results"
 VERSION = 1
 RESULTS, REQUESTS = "results.json", "requests.parquet"
 
+_NEEDED = (
+    *("command", "mulsched", "notes", "trace", "synthetic", "profile", "instances", "kv_blocks"),
+    *("loop", "cache_source", "seed", "repeat", "sweep", "tune", "objective", "slo"),
+)  # settings that reports show
+
 Role = Literal["result", "sweep", "trial", "noise"]
 """What a row is for: asked for by name or tuned; a point of a sweep; a trial of tuning; the noise floor."""
 
@@ -132,9 +137,15 @@ class Results:
                 raise ResultsError(f"{name}: expected {FORMAT} version {VERSION}, got {found[0]} {found[1]}")
             rows = [Row(**_nan_for_null(row, "figures", "half_widths")) for row in document["results"]]
             runs = [Run(**_nan_for_null(run, "figures")) for run in document["runs"]]
-            known = all(row.role in get_args(Role) and max(row.runs) < len(runs) for row in rows)
-            if not rows or not known or [run.number for run in runs] != list(range(len(runs))):
+            numbers = [run.number for run in runs]
+            known = all(
+                row.role in get_args(Role) and row.runs and set(row.runs) <= set(numbers) for row in rows
+            )
+            if not rows or not known or numbers != list(range(len(runs))):
                 raise ResultsError(f"{name}: its rows and runs do not fit together")
+            missing = [setting for setting in _NEEDED if setting not in document["settings"]]
+            if missing:
+                raise ResultsError(f"{name}: settings lack {', '.join(missing)}")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, ResultsError):
                 raise

@@ -77,7 +77,7 @@ def _ranked(results: Results, rate_scale: float, figure: str) -> list[Row]:
     return sorted(rows, key=lambda row: row.figures[figure], reverse=figure == "goodput_per_s")
 
 
-def format_figure(name: str, value: float) -> str:
+def _figure_text(name: str, value: float) -> str:
     """Return a figure with its unit, as in prose."""
     if math.isnan(value):
         return "-"
@@ -135,7 +135,7 @@ def _percent(ratio: float) -> str:
 
 def _sentence(figure: str, text: str, best: Row, near: list[Row], far: list[Row]) -> str:
     more_is_better = figure == "goodput_per_s"
-    word, value = "highest" if more_is_better else "lowest", format_figure(figure, best.figures[figure])
+    word, value = "highest" if more_is_better else "lowest", _figure_text(figure, best.figures[figure])
     sentence = f"{text[0].upper()}{text[1:]} is {word} under {best.label}, {value}"
     if near:
         sentence += "; within noise of it: " + ", ".join(row.label for row in near)

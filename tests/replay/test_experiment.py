@@ -171,6 +171,7 @@ def test_the_noise_floor_of_a_policy_that_is_swept_is_its_first_points(at):
     [
         ({"repeat": 0}, "repeat must be at least 1, got 0"),
         ({"rates": ()}, "needs a policy and a rate"),
+        ({"rates": (1, 2, 1)}, r"each rate may be given once, got \[1, 2, 1\]"),
         ({"objective": "cost"}, "objective must be one of balanced, .*, got 'cost'"),
         ({"objective": "goodput"}, "the objective goodput needs an SLO"),
         ({"tunes": [parse_tune("linear"), parse_tune("linear:weight=0")]}, "each policy may be tuned once"),

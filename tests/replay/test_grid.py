@@ -17,10 +17,6 @@ def test_a_known_parameter_has_default_values():
     assert len(parse_grid("weight").values) == 21
 
 
-def test_given_defaults_come_first():
-    assert parse_grid("rate", default=(1, 2)) == Grid("rate", (1, 2))
-
-
 def test_a_policy_alone_is_tuned_in_what_has_defaults():
     assert parse_tune("linear").grid.parameter == "weight"
     assert parse_tune("dynamo").grid == Grid("overlap_weight", DEFAULT_GRIDS["overlap_weight"])

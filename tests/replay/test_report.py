@@ -133,6 +133,11 @@ def test_repeats_show_intervals_as_precise_as_the_figure():
     assert "Means of 2 runs with other ties and seeds" in printed(made.results())
 
 
+def test_goodput_says_what_it_counts():
+    made = MadeResults(slo={"ttft_s": 0.2, "tpot_s": None}).add("lmetric", goodput_per_s=1.0)
+    assert "Goodput counts requests with TTFT <= 0.2 s." in printed(made.results())
+
+
 def test_a_figure_that_does_not_exist_is_a_dash():
     (row,) = MadeResults().add("lmetric", tpot_mean_s=float("nan")).results().rows
     assert cells(row, ["tpot_mean_s"]) == ["-"]

@@ -89,6 +89,7 @@ def test_results_are_not_written_over(tmp_path):
         ('{"format": "mulsched-results", "version": 2}', "version 1, got mulsched-results 2"),
         (made().to_json().replace('"ties"', '"tie"'), "not written by"),
         (made().to_json().replace('"number": 0', '"number": 7'), "rows and runs do not fit together"),
+        (made().to_json().replace('"trace"', '"track"'), "settings lack trace"),
         (made().to_json().replace('"role": "result"', '"role": "king"'), "do not fit together"),
     ],
 )
