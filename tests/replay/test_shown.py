@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_results import MadeResults
 
-from mulsched.replay.shown import batch_over_time, shown_rows
+from mulsched.replay.shown import batch_over_time, load_shown, shown_rows
 
 
 def test_a_request_counts_in_each_bin_as_long_as_it_is_there():
@@ -35,6 +35,22 @@ def test_the_time_of_all_requests_is_kept(stays, bins):
     batch = batch_over_time(arrival, finish, 100.0, bins)
     assert (batch >= 0).all()
     assert batch.sum() * 100.0 / bins == pytest.approx((finish - arrival).sum(), abs=1e-6)
+
+
+def test_a_request_is_where_it_prefills_until_its_first_token_and_then_where_it_decodes():
+    class Requests:
+        def read(self, run):
+            times = {"arrival_s": [0.0, 8.0], "first_token_s": [4.0, 8.0], "finish_s": [10.0, 8.0]}
+            tokens = {"instance": [0, 0], "decode_instance": [1, 1], "output_tokens": [3, 1]}
+            return {name: np.array(values) for name, values in (times | tokens).items()}
+
+    (shown,) = load_shown(MadeResults().add("lmetric").results(), Requests())
+    assert shown.until_s == 10  # a quarter longer than arrivals
+    bins = shown.batch.shape[1]
+    assert shown.batch[0].sum() * 10 / bins == pytest.approx(4)
+    assert shown.batch[1].sum() * 10 / bins == pytest.approx(6)
+    assert shown.ttft_s[-1] == 4
+    assert shown.tpot_s.tolist() == pytest.approx([3.0] * len(shown.tpot_s))
 
 
 def test_a_sweep_is_shown_by_its_best_point():
