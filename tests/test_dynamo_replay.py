@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from dynamo_replay.experiments import AMPLE, Agreement, experiments, without_sharing
+from dynamo_replay.experiments import AMPLE, Agreement, experiments, twice, without_sharing
 from dynamo_replay.routing import follow, whole_blocks
 from dynamo_replay.simulators import DynamoMockerStep, Setup, run_dynamo, run_mulsched
 
@@ -75,10 +75,12 @@ def test_what_dynamo_rounds_moves_percentiles_by_less_than_a_thousandth(times):
 
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_its_router_takes_the_smallest_cost_by_the_rule(chat, reuse, scale):
+@pytest.mark.parametrize("again", [False, True])
+def test_its_router_takes_the_smallest_cost_by_the_rule(chat, again, reuse, scale):
+    trace = twice(replace(chat, prompt_tokens=chat.prompt_tokens // 16 * 16), 0.25) if again else chat
     router = {"router_assume_kv_reuse": reuse, "prefill_load_scale": scale}
-    run = run_dynamo(chat, ROUTING, "kv_router", router=router)
-    seen = follow(chat, run, instances=4, prefill_load_scale=scale, assume_kv_reuse=reuse)
+    run = run_dynamo(trace, ROUTING, "kv_router", router=router)
+    seen = follow(trace, run, instances=4, prefill_load_scale=scale, assume_kv_reuse=reuse)
     assert seen.rule == 1
 
 

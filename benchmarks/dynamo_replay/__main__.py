@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import mulsched
-from dynamo_replay.experiments import AMPLE, experiments
+from dynamo_replay.experiments import AMPLE, experiments, twice
 from dynamo_replay.routing import alike, follow, whole_blocks
 from dynamo_replay.simulators import Outcome, Setup, run_dynamo, run_mulsched
 from dynamo_replay.speed import ROUTERS, first_requests, jobs, measure
@@ -53,7 +53,7 @@ def main() -> None:
     if given.trace is not None:
         # ticks are spread, and both get the spread arrivals; block ids and lengths are the file's
         traces.append(read_trace(given.trace).slice(0, 60 * given.minutes))
-    print("## Same trace, same policy")
+    print("## Same trace, same policy\n")
     for trace in traces:
         print_results(trace, given.repeats)
     if given.timings:
@@ -62,7 +62,7 @@ def main() -> None:
 
 def print_header(arguments: Sequence[str]) -> None:
     print(
-        f"`{' '.join(['python -m dynamo_replay', *arguments])}`: "
+        f"`{' '.join(['python -m dynamo_replay', *(Path(a).name for a in arguments)])}`: "
         f"mulsched {version('mulsched')} ({mulsched.BACKEND}), "
         f"ai-dynamo-runtime {version('ai-dynamo-runtime')}, Python {platform.python_version()}, "
         f"{os.cpu_count()} cores, {processor()}.\n"
@@ -113,6 +113,7 @@ def print_router(repeats: int) -> None:
     rows = []
     for name, trace, reuse, scale in (
         ("defaults", chat, True, 1.0),
+        ("defaults, every prompt again after 0.25 s", twice(chat, 0.25), True, 1.0),
         ("prefill_load_scale 2, overlap_weight 2", chat, True, 2.0),
         ("router_assume_kv_reuse=False", chat, False, 1.0),
         ("the same, prompts of whole blocks, no full hits", whole_blocks(chat, 16), False, 1.0),
@@ -136,7 +137,7 @@ def print_router(repeats: int) -> None:
 def print_results(trace: Trace, repeats: int) -> None:
     setup = Setup()
     print(
-        f"\n### {trace.name}: {len(trace):,} requests, {setup.instances} workers of {setup.kv_blocks:,} "
+        f"### {trace.name}: {len(trace):,} requests, {setup.instances} workers of {setup.kv_blocks:,} "
         f"blocks of {setup.block_size}\n"
     )
     counted_apart = {"router_assume_kv_reuse": False}
@@ -156,8 +157,8 @@ def print_results(trace: Trace, repeats: int) -> None:
     print_table(("simulator, policy", *heads, "runs", "TTFT mean, low to high"), rows)
     longest = max(alike(theirs, run) for theirs in apart for run in ours)
     print(
-        f"The fourth row and the fifth send the first {longest:,} requests the same ways, in the runs that "
-        "agree longest."
+        "The fourth row and the fifth go the same way, but for the names of workers, for the first "
+        f"{longest:,} requests in the runs that agree longest; then comes a tie or a difference.\n"
     )
 
 

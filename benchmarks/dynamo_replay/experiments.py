@@ -62,17 +62,19 @@ def of_one_length(trace: Trace, prompt_tokens: int) -> Trace:
     return replace(without_sharing(trace), prompt_tokens=np.full(len(trace), prompt_tokens))
 
 
-def twice(trace: Trace) -> Trace:
-    """Each request is followed 1 us later by another with the same prompt; arrivals must differ."""
-    source = np.repeat(np.arange(len(trace)), 2)
+def twice(trace: Trace, after_s: float) -> Trace:
+    """Each request comes again ``after_s`` later."""
+    arrival = np.concatenate([trace.arrival_s, trace.arrival_s + after_s])
+    order = np.argsort(arrival, kind="stable")
+    source = order % len(trace)
     length = np.diff(trace.run_offset)[source]
     offset = np.concatenate([[0], np.cumsum(length)])
     runs = np.arange(offset[-1]) + np.repeat(trace.run_offset[source] - offset[:-1], length)
-    alone = np.full(2 * len(trace), -1)
+    alone = np.full(len(order), -1)
     return Trace(
         name=f"{trace.name}, each twice",
         block_size=trace.block_size,
-        arrival_s=trace.arrival_s[source] + 1e-6 * (np.arange(2 * len(trace)) % 2),
+        arrival_s=arrival[order],
         prompt_tokens=trace.prompt_tokens[source],
         output_tokens=trace.output_tokens[source],
         run_start=trace.run_start[runs],
@@ -80,7 +82,7 @@ def twice(trace: Trace) -> Trace:
         run_offset=offset,
         session=alone,
         previous=alone,
-        think_s=np.zeros(2 * len(trace)),
+        think_s=np.zeros(len(order)),
     )
 
 
@@ -111,7 +113,7 @@ def experiments(*, duration_s: float = 240.0) -> Iterator[Experiment]:
     yield Experiment("four workers", chat, four)
     yield Experiment("8 x the rate, 2,048 tokens a step", dense, replace(four, max_batched_tokens=2_048))
     yield Experiment("8 x the rate, 32 requests at a time", dense, replace(four, max_num_seqs=32))
-    yield Experiment("one worker, every prompt twice within 1 us", twice(chat), one)
+    yield Experiment("one worker, every prompt twice within 1 us", twice(chat, 1e-6), one)
     yield Experiment("four workers, 8,000 blocks: eviction", chat, replace(four, kv_blocks=8_000))
     yield Experiment("8 x the rate, 6,000 blocks: preemption", dense, replace(four, kv_blocks=6_000))
     yield Experiment(
