@@ -4,6 +4,7 @@ python benchmarks/paper/page.py DIR docs/results.md
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,15 @@ def write(
     """Return the page."""
     cells = list(tables.values())
     pictures = set(drawn)
+    bodies = [*rates.values(), *(table.body for table in cells)]
+    # a default that is on its grid too has two rows and one run
+    once = sum(len({(r["label"], r["seed"], r["delay_s"], r["loss"]) for r in t.rows}) for t in cells)
+    start = texts["Start"].format(
+        replays=once + sum(len(body["trials"]) for body in rates.values()),
+        minutes=round(sum(body["cpu_s"] for body in bodies) / 60),
+    )
     sections = [
-        ("", texts["Start"]),
+        ("", start),
         ("The paper's figures", texts["Headline"] + "\n\n" + headline(cells) + "\n\n" + texts["Reasons"]),
         ("Where LMetric loses", losing(cells) + "\n\n" + texts["Losing"] + picture(pictures, "overview")),
         ("What was replayed", texts["Set-up"] + "\n\n" + setups(rates)),
@@ -170,34 +178,46 @@ def headline(cells: Sequence[Table]) -> str:
 def losing(cells: Sequence[Table]) -> str:
     """Return the rule's verdict: who beats LMetric where, by more than the noise floor."""
     judged = [table for table in cells if table.stage in ("main", "losing", "sweep")]
-    rows, first, held, total = [], 0, 0, 0
+    rows = []
+    unbeaten = 0
     for table in judged:
         found = claims.losses(table)
-        row = [f"{table.title}, load {table.load:g}"]
-        for figure in rules.JUDGED:
-            total += 1
-            first += not found[figure]
-            wins = sum(table.compare(name, figure) == "worse" for name in table.others)
-            held += wins
-            if found[figure]:
-                share, name = found[figure][0]
-                row.append(f"**{name} {percent(share)}** ({len(found[figure])} of {len(table.others)})")
-            else:
-                row.append(f"none of {len(table.others)}")
+        unbeaten += sum(not beaten for beaten in found.values())
+        best = [_most(found[figure], len(table.others)) for figure in rules.JUDGED]
         both = claims.better_in_both(table)
-        rows.append([*row, ", ".join(both) or "-"])
-    pairs = sum(len(table.others) for table in judged) * len(rules.JUDGED)
-    lost = sum(len(v) for table in judged for v in claims.losses(table).values())
+        rows.append([f"{table.title}, load {table.load:g}", *best, ", ".join(both) or "-"])
+    pairs = len(judged) * len(rules.JUDGED)
     counts = (
-        f"Nobody beats LMetric by more than the noise floor in {first} of {total} pairs of a case and a "
-        f"figure; in the other {total - first} somebody does.\n"
-        f"Of {pairs} comparisons with one policy in one figure LMetric wins {held}, loses {lost} and ties "
-        f"{pairs - held - lost}.\n"
-        "In each cell below: the policy that beats LMetric by most, its change relative to LMetric, and how "
-        "many policies beat it. The last column names those that do in mean TTFT and mean TPOT together."
+        f"In {pairs - unbeaten} of {pairs} pairs of a case and a figure some policy beats LMetric by more "
+        f"than the noise floor; in {unbeaten} none does.\n"
+        f"In {sum(row[-1] != '-' for row in rows)} of {len(judged)} cases a policy beats it in mean TTFT and "
+        "mean TPOT together.\n"
+        "In each cell: the policy that beats LMetric by most, its change relative to LMetric, and how many "
+        "policies beat it."
     )
     header = ["case", *(NAMES[f] for f in rules.JUDGED), "better in both means"]
-    return counts + "\n\n" + markdown(header, rows)
+    return f"{counts}\n\n{markdown(header, rows)}\n\n{_by_policy(judged)}"
+
+
+def _most(beaten: Sequence[tuple[float, str]], policies: int) -> str:
+    if not beaten:
+        return f"none of {policies}"
+    share, name = beaten[0]
+    return f"**{name} {percent(share)}** ({len(beaten)} of {policies})"
+
+
+def _by_policy(judged: Sequence[Table]) -> str:
+    """Return how often each policy is better and worse than LMetric, and as good, by figure."""
+    rows = []
+    for name in sorted({name for table in judged for name in table.others}):
+        having = [table for table in judged if name in table.others]
+        row = [name, str(len(having))]
+        for figure in rules.JUDGED:
+            outcomes = Counter(table.compare(name, figure) for table in having)
+            row.append(f"{outcomes['better']} / {outcomes['same']} / {outcomes['worse']}")
+        rows.append(row)
+    text = "How often each policy is better / within the noise / worse, over the same cases:"
+    return text + "\n\n" + markdown(["policy", "cases", *(NAMES[f] for f in rules.JUDGED)], rows)
 
 
 def full(cells: Sequence[Table], stage: str) -> str:
@@ -207,11 +227,12 @@ def full(cells: Sequence[Table], stage: str) -> str:
 
 def _full(table: Table) -> str:
     body = table.body
+    rate = f"{number(body['offered_per_s'])} a second, scale {number(body['scale'])}, open loop"
+    if body["setup"]["loop"] == "closed":
+        rate = f"closed loop, sessions start {number(body['scale'])} times as fast as in the trace"
     head = (
         f"### {table.title}, load {table.load:g}\n\n"
-        f"{body['requests']} requests at {number(body['offered_per_s'])} a second "
-        f"(scale {number(body['scale'])}), {body['setup']['loop']} loop, "
-        f"{body['setup']['kv_blocks']} KV blocks, seed 0; times in ms."
+        f"{body['requests']} requests; {rate}; {body['setup']['kv_blocks']} KV blocks, seed 0; times in ms."
     )
     reference = [number(table.reference(f) * unit) for _, f, unit in SHOWN]
     interval = [f"± {number(table.interval(f) * unit)}" for _, f, unit in SHOWN]
