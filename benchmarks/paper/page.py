@@ -146,7 +146,10 @@ def headline(cells: Sequence[Table]) -> str:
     for claim in claims.CLAIMS:
         found = claims.evidence(claim, cells)
         changes = [change for _, change in found]
-        each = "; ".join(f"{table.title} {percent(change)}" for table, change in found)
+        each = "; ".join(
+            f"{trace} " + " / ".join(percent(change) for table, change in found if table.trace == trace)
+            for trace in dict.fromkeys(table.trace for table, _ in found)
+        )
         swept = [
             (table.gain(claim.baseline, claim.figure), table)
             for table in cells
@@ -168,7 +171,7 @@ def headline(cells: Sequence[Table]) -> str:
         "source",
         "figure",
         "paper",
-        "here, at half of the maximum rate",
+        "at half of the maximum, Qwen2 / Qwen3",
         "largest in the sweep",
         "verdict",
     ]

@@ -35,7 +35,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
     """Write a PNG of few colours, a third of the size."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=80, bbox_inches="tight")
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def overview(cells: list[Table]) -> plt.Figure | None:
@@ -49,9 +49,9 @@ def overview(cells: list[Table]) -> plt.Figure | None:
         values = np.array([[t.change(n, key) + 1 if n in t.others else np.nan for t in shown] for n in names])
         image = ax.imshow(np.log2(values), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
-            ax.text(
-                x, y, f"{value:.2f}" if value < 9.95 else f"{value:.0f}", ha="center", va="center", fontsize=8
-            )
+            text = f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
+            colour = "white" if abs(np.log2(value)) > 1 else "black"
+            ax.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
         labels = [t.title.replace(", ", "\n") for t in shown]
         ax.set_xticks(range(len(shown)), labels, fontsize=7, rotation=90)
         ax.set_yticks(range(len(names)), names)
