@@ -1,6 +1,7 @@
 """The command line, in this process and as a program."""
 
 import csv
+import dataclasses
 import io
 import json
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mulsched.cli import main
+from mulsched.replay import synthetic_trace, write_trace
 
 MOONCAKE = str(Path(__file__).parent / "replay" / "data" / "mooncake.jsonl")
 
@@ -37,6 +39,15 @@ def test_replay_without_a_trace_is_synthetic_and_says_so(capsys):
     assert "synthetic:chat (synthetic)" in captured.out
     assert "Noise floor:" not in captured.out
     assert "1 of 1 replays" in captured.err  # the progress bar
+
+
+def test_a_synthetic_trace_of_ones_own_has_no_targets_and_is_replayed(capsys, tmp_path):
+    trace = dataclasses.replace(synthetic_trace("chat", duration_s=5, seed=1), name="mine")
+    write_trace(trace, tmp_path / "mine.jsonl")
+    assert main(["replay", str(tmp_path / "mine.jsonl"), "--policy", "lmetric", "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "mine (synthetic)" in out
+    assert "achieved" not in out
 
 
 def test_json_and_csv_to_standard_output_are_all_there_is(capsys):

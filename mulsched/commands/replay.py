@@ -23,7 +23,7 @@ from mulsched.replay.results import RequestWriter, Results, check_new
 from mulsched.replay.saturation import rates_to_saturation
 from mulsched.replay.simulator import CacheSource, Disaggregation, Loop
 from mulsched.replay.slo import parse_slo
-from mulsched.replay.synthetic import format_calibration
+from mulsched.replay.synthetic import WORKLOADS, format_calibration
 from mulsched.replay.trace import Trace
 
 __all__ = ["add_parser"]
@@ -246,7 +246,7 @@ def _write(options: argparse.Namespace, trace: Trace, profile: Profile, results:
             Path(target).write_text(write())
     if "-" in (options.json, options.csv):
         return
-    if trace.synthetic:
+    if trace.name.removeprefix("synthetic:") in WORKLOADS:  # not every synthetic trace has targets
         print(format_calibration(trace), end="\n\n")
     for note in trace.notes:
         print(f"Note: {note}")
