@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -14,6 +14,7 @@ from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.failure_condition import (
     MAX_CLASSES,
     count_margin,
+    kept_share,
     least_peak,
     least_spill,
     load_shares,
@@ -174,6 +175,7 @@ def test_shares_that_round_above_one_leave_no_negative_margin():
     assert worst_set(shares, [{0, 1}] * 3, 2) == (0, {0, 1})
 
 
+@settings(max_examples=50)
 @given(fleets())
 def test_the_worst_set_is_the_worst_of_all_subsets(fleet):
     n, parts, holders = fleet
@@ -187,6 +189,7 @@ def test_the_worst_set_is_the_worst_of_all_subsets(fleet):
     assert len(worst) / n - inside(parts, holders, worst) / 100 == pytest.approx(margin, abs=1e-12)
 
 
+@settings(max_examples=50)
 @given(fleets())
 def test_the_least_peak_is_that_of_the_best_routing(fleet):
     n, parts, holders = fleet
@@ -194,6 +197,7 @@ def test_the_least_peak_is_that_of_the_best_routing(fleet):
     assert peak == pytest.approx(routed_peak(n, parts, holders), abs=1e-7)
 
 
+@settings(max_examples=50)
 @given(fleets())
 def test_no_routing_exceeds_the_mean_exactly_where_no_margin_is_negative(fleet):
     n, parts, holders = fleet
@@ -208,6 +212,7 @@ def test_one_class_of_several_is_the_paper_s(part, n, data):
     assert worst_set([part / 100], [range(m)], n)[0] == count_margin(part / 100, m, n)
 
 
+@settings(max_examples=50)
 @given(fleets(), st.randoms())
 def test_neither_order_nor_names_of_instances_matter(fleet, rng):
     n, parts, holders = fleet
@@ -252,6 +257,7 @@ def peak_of(stay, h, o, r, m, n):
     return max(on_holders / m, (on_holders + elsewhere) / n, (elsewhere - r) / (n - m) if m < n else 0)
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 100), st.integers(2, 8), st.data())
 def test_no_other_part_gives_a_smaller_peak(h, more, r, n, data):
     m = data.draw(st.integers(1, n - 1))
@@ -261,6 +267,7 @@ def test_no_other_part_gives_a_smaller_peak(h, more, r, n, data):
     assert best <= float(min(grid)) + 1e-9
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 100), st.integers(1, 8), st.data())
 def test_nothing_must_leave_exactly_where_the_margin_is_not_negative(h, more, r, n, data):
     m = data.draw(st.integers(1, n))
@@ -309,3 +316,25 @@ def test_the_ratio_is_the_papers_second_condition(p_holder, p_other, b_holder, b
 def test_no_prompt_tokens_are_refused():
     with pytest.raises(InvalidArgument, match="holder_p_tokens must be at least 1, got 0"):
         tolerated_batch_ratio(0, 5)
+
+
+# -- what the product keeps on the holders
+
+
+@pytest.mark.parametrize(
+    ("holders", "instances", "ratio", "share"),
+    [(1, 16, 1, 1 / 16), (1, 16, 15, 0.5), (4, 16, 2, 0.4), (16, 16, 3, 1), (0, 16, 3, 0)],
+)
+def test_the_share_that_stays(holders, instances, ratio, share):
+    assert kept_share(holders, instances, ratio) == share
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.fractions(Fraction(1, 100), 1000))
+def test_the_share_that_stays_has_the_odds_of_the_papers_condition_times_the_ratio(m, others, ratio):
+    x = kept_share(m, m + others, float(ratio))
+    assert x / (1 - x) == pytest.approx(float(ratio) * m / others)
+
+
+def test_a_ratio_of_zero_is_refused():
+    with pytest.raises(InvalidArgument, match="batch_ratio must be above 0, got 0"):
+        kept_share(1, 2, 0)
