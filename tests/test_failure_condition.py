@@ -73,6 +73,7 @@ def test_the_margin_of_one_class(share, holders, instances, margin):
     assert count_margin(share, holders, instances) == margin
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 60), st.data())
 def test_the_margin_has_the_sign_of_the_papers_condition(total, data):
     count = data.draw(st.integers(0, total - 1))
@@ -115,6 +116,7 @@ def test_no_load_has_shares_of_zero():
     assert load_shares([], []).tolist() == []
 
 
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1), st.floats(1e-3, 1e3))
 def test_shares_do_not_mind_the_unit(classes, unit):
     rates, loads = np.array(classes, dtype=float).T
@@ -197,6 +199,7 @@ def test_no_routing_exceeds_the_mean_exactly_where_no_margin_is_negative():
         assert (margin >= -1e-12) == (least_peak(shares, holders, n) <= 1 + 1e-12)
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 100), st.integers(1, 9), st.data())
 def test_one_class_of_several_is_the_paper_s(part, n, data):
     m = data.draw(st.integers(0, n))
@@ -293,6 +296,7 @@ def test_a_hit_of_99_percent_tolerates_a_hundredfold_batch():
     assert tolerated_batch_ratio(10, 1000) == 100
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 1000), st.integers(1, 1000))
 def test_the_ratio_is_the_papers_second_condition(p_holder, p_other, b_holder, b_other):
     prefers = p_holder * b_holder <= p_other * b_other
@@ -317,6 +321,7 @@ def test_the_share_that_stays(holders, instances, ratio, share):
     assert kept_share(holders, instances, ratio) == share
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 20), st.integers(1, 20), st.fractions(Fraction(1, 100), 1000))
 def test_the_share_that_stays_has_the_odds_of_the_papers_condition_times_the_ratio(m, others, ratio):
     x = kept_share(m, m + others, float(ratio))
