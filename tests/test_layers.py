@@ -26,6 +26,7 @@ LAYERS = [
     ["policies"],
     ["decision"],
     ["router"],
+    ["lifecycle"],
     ["replay"],
     ["commands"],
     ["__init__"],
