@@ -27,6 +27,7 @@ LAYERS = [
     ["policies"],
     ["decision"],
     ["router"],
+    ["lifecycle"],
     ["replay"],
     ["commands"],
     ["__init__"],
