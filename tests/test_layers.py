@@ -29,6 +29,7 @@ LAYERS = [
     ["router"],
     ["lifecycle"],
     ["replay"],
+    ["mock_engine"],
     ["commands"],
     ["__init__"],
     ["cli"],
