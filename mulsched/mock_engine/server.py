@@ -188,7 +188,7 @@ class MockServer:
         for number in step.tokens:
             generation = self._generations[number]
             if generation.n_ready == 0:
-                generation.first_s = step.end_s
+                generation.first_s = self._now()
                 generation.cached_tokens = step.cached_tokens[number]
             generation.add_token()
         self._metrics.generated(len(step.tokens))
@@ -210,7 +210,7 @@ class MockServer:
         arrival, first = generation.arrival_s, generation.first_s
         self._metrics.ended(
             finish_reason,
-            None if first is None else max(0.0, first - arrival) / self._speed,
+            None if first is None else (first - arrival) / self._speed,
             (self._now() - arrival) / self._speed,
             generation.n_ready,
         )
