@@ -341,14 +341,15 @@ class MockServer:
     async def _kv_event_sources(self, request: web.Request) -> web.StreamResponse:
         publisher = self.publisher
         if publisher is None:
-            return _json(b"[]")
-        source = {
-            "data_parallel_rank": 0,
+            return _json(b"{}")
+        config = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
             "endpoint": publisher.endpoint,
             "replay_endpoint": publisher.replay_endpoint,
             "topic": publisher.topic,
         }
-        return _json(encode([source]))
+        return _json(encode({"0": config}))  # by data-parallel rank
 
 
 def _done(ask: Ask, generation: _Generation, pieces: list[str]) -> Done:

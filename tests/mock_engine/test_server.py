@@ -306,9 +306,11 @@ def test_events_come_from_where_the_server_says():
     async def scenario(it):
         await it.openai.chat.completions.create(model="mock", messages=HELLO, max_tokens=3)
         assert await it.post("/reset_prefix_cache") == (200, {"success": True})
-        (source,) = json.loads(await it.get("/kv_event_sources"))
+        sources = json.loads(await it.get("/kv_event_sources"))
+        assert list(sources) == ["0"]  # by data-parallel rank
+        source = sources["0"]
         assert source["endpoint"].startswith("tcp://127.0.0.1:")
-        assert (source["data_parallel_rank"], source["topic"]) == (0, "")
+        assert (source["publisher"], source["topic"]) == ("zmq", "")
         context = zmq.asyncio.Context()
         replay = context.socket(zmq.DEALER)
         replay.connect(source["replay_endpoint"])
@@ -328,7 +330,7 @@ def test_events_come_from_where_the_server_says():
 
 def test_without_events_there_is_no_source():
     async def scenario(it):
-        assert json.loads(await it.get("/kv_event_sources")) == []
+        assert json.loads(await it.get("/kv_event_sources")) == {}
 
     serve(scenario)
 
