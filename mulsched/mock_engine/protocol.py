@@ -80,8 +80,7 @@ class Done:
 
 def error_body(message: str, parameter: str | None, status: int) -> bytes:
     """Return an error in OpenAI's shape, as vLLM fills it in."""
-    kind = _KINDS.get(status, "InternalServerError")
-    return encode({"error": {"message": message, "type": kind, "param": parameter, "code": status}})
+    return encode({"error": {"message": message, "type": _KINDS[status], "param": parameter, "code": status}})
 
 
 def body_of(data: bytes, limits: Limits) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mulsched import BlockRemoved, BlockStored, CacheCleared, Router
@@ -193,6 +193,7 @@ requests = st.lists(
 )
 
 
+@settings(max_examples=50)
 @given(requests, st.data())
 def test_events_tell_what_is_cached_whatever_is_aborted(given_requests, data):
     e = engine()
@@ -221,6 +222,7 @@ def test_events_tell_what_is_cached_whatever_is_aborted(given_requests, data):
     assert e.kv_usage_ratio == 0
 
 
+@settings(max_examples=50)
 @given(requests)
 def test_it_does_what_the_model_of_replay_does(given_requests):
     e, model = engine(), EngineModel(PROFILE)
@@ -236,6 +238,7 @@ def test_it_does_what_the_model_of_replay_does(given_requests):
     assert (e.preemptions, e.cached_keys()) == (model.preemptions, model.cached_keys())
 
 
+@settings(max_examples=50)
 @given(requests)
 def test_each_request_gains_every_token_of_its_answer_once(given_requests):
     e = engine()
