@@ -3,7 +3,8 @@
 // As vLLM v1 does it: a block that nobody uses waits in the free queue, still under its key; the front of
 // the queue is taken next, and only then does its key go. Blocks without a key are at the front, so which of
 // them is taken makes no difference. Two blocks may be cached under one key, each computed by a request
-// that could not use the other; lookups find the older one.
+// that could not use the other; lookups find the older one. A block that only one request could ever use needs
+// no entry among the keys: it is cached alone.
 #pragma once
 
 #include <cstddef>
@@ -21,9 +22,11 @@ class BlockPool {
   using Id = std::uint32_t;
   static constexpr Id kNoBlock = UINT32_MAX;
 
-  explicit BlockPool(Id n_blocks) : n_blocks_(n_blocks), free_(n_blocks) {}
+  // every_copy: tell of each copy of a key that is evicted or cached, or else of the last and the first only.
+  BlockPool(Id n_blocks, bool every_copy) : n_blocks_(n_blocks), free_(n_blocks), every_copy_(every_copy) {}
 
   Id n_free() const noexcept { return free_; }
+  std::int64_t n_cached() const noexcept { return alone_ + static_cast<std::int64_t>(by_key_.size()); }
   bool idle(Id id) const noexcept { return blocks_[id].uses == 0; }
 
   // The oldest block under this key, or kNoBlock.
@@ -41,7 +44,8 @@ class BlockPool {
     }
   }
 
-  // The next block of the free queue, which must not be empty; a key that goes with it is appended to evicted.
+  // The next block of the free queue, which must not be empty; a key that goes with it, if it is to be told, is
+  // appended to evicted.
   Id take(std::vector<Key>& evicted) {
     Id id = head_;
     if (!blank_.empty()) {
@@ -56,8 +60,12 @@ class BlockPool {
         prefetch(blocks_[head_].key);
         if (blocks_[head_].next != kNoBlock) prefetch(blocks_[head_].next);
       }
-      evicted.push_back(blocks_[id].key);
-      forget(id);
+      if (blocks_[id].state == kAlone) {
+        --alone_;
+      } else if (forget(id) || every_copy_) {
+        evicted.push_back(blocks_[id].key);
+      }
+      blocks_[id].state = kBlank;
     }
     blocks_[id].uses = 1;
     --free_;
@@ -68,7 +76,7 @@ class BlockPool {
     Block& block = blocks_[id];
     if (--block.uses > 0) return;
     ++free_;
-    if (!block.cached) {
+    if (block.state == kBlank) {
       blank_.push_back(id);
       return;
     }
@@ -78,22 +86,31 @@ class BlockPool {
     tail_ = id;
   }
 
-  void cache(Id id, Key key) {
+  // Whether it is to be told.
+  bool cache(Id id, Key key) {
     Block& block = blocks_[id];
+    alone_ -= block.state == kAlone;
     block.key = key;
-    block.cached = true;
+    block.state = kKeyed;
     block.next_copy = kNoBlock;
     const Id first = by_key_.find(key);
     if (first == kNoBlock) {
       by_key_.set(key, id);
       block.prev_copy = id;
-      return;
+      return true;
     }
     block.prev_copy = blocks_[first].prev_copy;
     blocks_[block.prev_copy].next_copy = id;
     blocks_[first].prev_copy = id;
+    return every_copy_;
   }
 
+  void cache_alone(Id id) noexcept {
+    blocks_[id].state = kAlone;
+    ++alone_;
+  }
+
+  // Of the blocks that have one.
   template <class Visit>
   void for_each_key(Visit&& visit) const {
     by_key_.for_each([&visit](Key key, Id) { visit(key); });
@@ -104,35 +121,41 @@ class BlockPool {
     std::size_t waiting = n_blocks_ - blocks_.size() + blank_.size();
     Id before = kNoBlock;
     for (Id id = head_; id != kNoBlock; before = id, id = blocks_[id].next, ++waiting)
-      if (blocks_[id].uses != 0 || !blocks_[id].cached || blocks_[id].prev != before)
+      if (blocks_[id].uses != 0 || blocks_[id].state == kBlank || blocks_[id].prev != before)
         return "the free queue is out of order";
     for (const Id id : blank_)
-      if (blocks_[id].uses != 0 || blocks_[id].cached) return "a blank block is in use or has a key";
+      if (blocks_[id].uses != 0 || blocks_[id].state != kBlank) return "a blank block is in use or has a key";
     if (before != tail_ || waiting != free_) return "free blocks are miscounted";
     for (Id id = 0; id < blocks_.size(); ++id)
       if (blocks_[id].uses != uses[id]) return "uses differ from what running requests hold";
-    std::size_t cached = 0, listed = 0;
-    for (const Block& block : blocks_) cached += block.cached;
+    std::size_t keyed = 0, listed = 0;
+    std::int64_t alone = 0;
+    for (const Block& block : blocks_) {
+      keyed += block.state == kKeyed;
+      alone += block.state == kAlone;
+    }
+    if (alone != alone_) return "blocks that are cached alone are miscounted";
     bool right = true;
     by_key_.for_each([&](Key key, Id first) {
       Id last = kNoBlock;
       for (Id id = first; id != kNoBlock; last = id, id = blocks_[id].next_copy, ++listed)
-        right = right && blocks_[id].cached && blocks_[id].key == key;
+        right = right && blocks_[id].state == kKeyed && blocks_[id].key == key;
       right = right && blocks_[first].prev_copy == last;
     });
-    return right && listed == cached ? "" : "keys and blocks differ";
+    return right && listed == keyed ? "" : "keys and blocks differ";
   }
 
   std::size_t n_used_ever() const noexcept { return blocks_.size(); }
 
  private:
+  enum State : std::uint8_t { kBlank, kAlone, kKeyed };  // the latter two are cached
   struct Block {
     Key key = 0;
     std::uint32_t uses = 0;
     Id prev = kNoBlock, next = kNoBlock;  // in the free queue, of blocks with a key
     // Copies under one key, oldest first; the oldest one's prev_copy is the newest.
     Id prev_copy = kNoBlock, next_copy = kNoBlock;
-    bool cached = false;
+    State state = kBlank;
   };
 
   void unlink(Id id) {
@@ -141,22 +164,26 @@ class BlockPool {
     (block.next == kNoBlock ? tail_ : blocks_[block.next].prev) = block.prev;
   }
 
-  void forget(Id id) {
-    Block& block = blocks_[id];
-    block.cached = false;
+  // Whether it was the last copy.
+  bool forget(Id id) {
+    const Block& block = blocks_[id];
     const Id first = by_key_.find(block.key);
     if (first != id) {
       blocks_[block.prev_copy].next_copy = block.next_copy;
       blocks_[block.next_copy == kNoBlock ? first : block.next_copy].prev_copy = block.prev_copy;
     } else if (block.next_copy == kNoBlock) {
       by_key_.erase(block.key);
+      return true;
     } else {
       by_key_.set(block.key, block.next_copy);
       blocks_[block.next_copy].prev_copy = block.prev_copy;
     }
+    return false;
   }
 
   Id n_blocks_, free_;
+  std::int64_t alone_ = 0;
+  bool every_copy_;
   std::vector<Block> blocks_;  // those that were used ever
   std::vector<Id> blank_;      // used before, free now, without a key
   Id head_ = kNoBlock, tail_ = kNoBlock;

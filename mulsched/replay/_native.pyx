@@ -55,7 +55,7 @@ cdef extern from "engine.hpp" namespace "mulsched" nogil:
 
     cdef cppclass CEngine "mulsched::Engine":
         CEngine(const CLimits&) except +
-        void submit(int64_t, const uint64_t*, size_t, int64_t, int64_t, int64_t) except +
+        void submit(int64_t, const uint64_t*, size_t, size_t, int64_t, int64_t, int64_t) except +
         cbool start_step(CStepLoad&) except +
         void end_step(vector[CFirstToken]&, vector[int64_t]&) except +
         const vector[CChange]& changes() except +
@@ -236,8 +236,8 @@ cdef class EngineNative:
                int64_t transferred_tokens):
         """Put a request into the waiting queue."""
         cdef Items path = Items(keys)
-        self.engine.get().submit(request, <const uint64_t*> path.view.buf, path.length(), prompt_tokens,
-                                 output_tokens, transferred_tokens)
+        self.engine.get().submit(request, <const uint64_t*> path.view.buf, path.length(), path.length(),
+                                 prompt_tokens, output_tokens, transferred_tokens)
 
     def start_step(self):
         """Schedule a step; return what it computes, or None if there is nothing to do."""
