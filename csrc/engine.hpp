@@ -321,7 +321,10 @@ class Engine {
     (s.next == nullptr ? last_ : s.next->prev) = s.prev;
     --n_running_;
     // the tail first, so that it is evicted before what others may share
-    for (std::size_t i = s.blocks.size(); i-- > 0;) pool_.release(s.blocks[i]);
+    for (std::size_t i = s.blocks.size(); i-- > 0;) {
+      if (i >= kAhead) pool_.prefetch(s.blocks[i - kAhead]);
+      pool_.release(s.blocks[i]);
+    }
     s.blocks.clear();
   }
 
