@@ -26,6 +26,7 @@ struct StepLoad {
   double prefix_tokens;  // mean context before new tokens
   std::int64_t decode_batch;
   double decode_context;  // mean
+  double pair_prefix_tokens;  // one prompt with it attends to as many pairs: new * (prefix + new / 2)
 };
 
 class Engine {
@@ -87,11 +88,12 @@ class Engine {
   bool start_step(StepLoad& load) {
     bool preempted = schedule_decode();
     std::int64_t budget = limits_.max_batched_tokens - decoding_;
-    load = {0, 0.0, decoding_, 0.0};
-    std::int64_t prefix_sum = 0;
+    load = {0, 0.0, decoding_, 0.0, 0.0};
+    std::int64_t prefix_sum = 0, twice_pairs = 0;
     const auto compute = [&](Sequence& s, std::int64_t tokens) {
       load.new_tokens += tokens;
       prefix_sum += tokens * s.computed;
+      twice_pairs += tokens * (2 * s.computed + tokens);
       budget -= tokens;
     };
     if (partial_ != nullptr) {
@@ -109,7 +111,11 @@ class Engine {
       if (tokens == 0) break;
       compute(s, tokens);
     }
-    if (load.new_tokens > 0) load.prefix_tokens = static_cast<double>(prefix_sum) / static_cast<double>(load.new_tokens);
+    if (load.new_tokens > 0) {
+      const auto fresh = static_cast<double>(load.new_tokens);
+      load.prefix_tokens = static_cast<double>(prefix_sum) / fresh;
+      load.pair_prefix_tokens = static_cast<double>(twice_pairs) / (2 * fresh) - fresh / 2;
+    }
     if (decoding_ > 0) load.decode_context = static_cast<double>(decode_context_) / static_cast<double>(decoding_);
     decoded_ = decoding_ > 0;
     stepping_ = decoded_ || load.new_tokens > 0;
