@@ -58,14 +58,8 @@ def check_score(
             shrink,
         )
     policy = Router(policy=score).policy
-    return _report(
-        Subject(lambda: policy, renewable=policy.on_dispatch is None),
-        policy.name,
-        examples,
-        seed,
-        only,
-        shrink,
-    )
+    subject = Subject(lambda: policy, renewable=policy.on_dispatch is None)
+    return _report(subject, policy.name, examples, seed, only, shrink)
 
 
 def check_policy(

@@ -85,7 +85,7 @@ def request_lives(
         else:
             request = draw(st.sampled_from([*running, *waiting]))
             (running if request in running else waiting).remove(request)
-            steps.append(draw(st.sampled_from([Finish, Cancel]))(request))
+            steps.append(Finish(request) if draw(st.booleans()) else Cancel(request))
     if all_end:
         steps += [Finish(request) for request in [*running, *waiting]]
     return steps

@@ -76,9 +76,7 @@ def dominance(subject: Subject, draw: Draw) -> CounterExample | None:
     if asked.position != worse or asked.scores[worse] == best:
         return None
     names = asked.columns.instances
-    reason = (
-        f"{names[worse]} is chosen over {names[better]}, which is no worse in anything and better in some"
-    )
+    reason = f"{names[worse]} is chosen over {names[better]}, no worse in anything and better in some"
     return CounterExample(reason, (asked,), trial.history)
 
 

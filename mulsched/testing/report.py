@@ -1,4 +1,4 @@
-"""What checks found: a verdict for each invariant, and the smallest counter-example for each that is broken."""
+"""What checks found: a verdict for each invariant, and a counter-example for each that is broken."""
 
 from dataclasses import dataclass, field
 
