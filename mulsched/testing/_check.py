@@ -20,8 +20,8 @@ from mulsched.testing.report import CounterExample, Finding, Report
 
 __all__ = ["check_policy", "check_score"]
 
-# Without these two, an example says nothing about the next.
-_FIRST = ("deterministic", "pure")
+# Without these, an example says little, or nothing about the next.
+_FIRST = ("finite", "deterministic", "pure")
 
 
 def check_score(

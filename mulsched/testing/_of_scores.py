@@ -48,8 +48,8 @@ def non_negative(subject: Subject, draw: Draw) -> CounterExample | None:
 
     Domain: all columns.
     Gives: scores can be multiplied and compared with thresholds; the choice alone does not need it.
-    Breaks in: scores where higher was better and the sign was turned, such as most gateways' ``hits - load``;
-    draws in logarithms (``bailian``); sentinels such as ``last_chosen`` -1 (``round_robin``).
+    Breaks in: scores where higher was better and the sign was turned, such as ``load - hits``; draws in
+    logarithms (``bailian``); sentinels such as ``last_chosen`` -1 (``round_robin``).
     """
     trial = subject.trial(draw)
     asked = trial.ask("asked", draw(strategies.columns()))

@@ -4,7 +4,8 @@
 it is known to be broken. None is a law: a policy may break one on purpose, and then its users should know.
 
 *All columns* are those of :func:`mulsched.testing.strategies.columns`. A policy that keeps state has been
-told of a few decisions before.
+told of a few decisions before. Where ``finite``, ``deterministic`` or ``pure`` is broken, the others wait
+until it is mended.
 """
 
 from mulsched.errors import InvalidArgument
@@ -50,9 +51,9 @@ __all__ = [
 _ALL: dict[str, Invariant] = {
     invariant.__name__: invariant
     for invariant in (
+        finite,
         deterministic,
         pure,
-        finite,
         non_negative,
         permutation_equivariant,
         monotone,

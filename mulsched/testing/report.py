@@ -129,7 +129,7 @@ def _differing(decisions: tuple[Shown, ...]) -> list[str]:
 def _table(shown: Shown, names: list[str]) -> list[str]:
     columns = shown.columns
     request = columns.request
-    head = f"{shown.label}: {request.prompt_tokens} prompt tokens, blocks of {columns.block_size}"
+    head = f"{shown.label}: prompt_tokens {request.prompt_tokens}, block_size {columns.block_size}"
     if request.session is not None:
         head += f", session {request.session!r}"
     rows = [("", "instance", "score", *names)]

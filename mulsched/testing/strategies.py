@@ -38,9 +38,9 @@ def columns(*, min_size: int = 1, max_size: int = 5, now: float | None = 10.0) -
 
     Prompts have up to 200 tokens, in blocks of 16 or 1. Half the time instances have up to 40 requests
     running, 5 waiting, and a queue of up to 300 tokens or, less often, a million; half the time only up to
-    3, 1 and 31, so that ties are common. Context is on instances with requests only, at least as many blocks
-    are cached as match, and no two candidates were chosen last at the same time: nothing is left to the
-    order of rows.
+    3, 1 and 31, and half of that time all are alike. Context is on instances with requests only, at least as
+    many blocks are cached as match, and no two candidates were chosen last at the same time: nothing is left
+    to the order of rows.
     """
     # One draw instead of some thirty, each of which costs as much as a decision. Shrinking drops instances
     # and lowers bytes, and every byte means more as it grows.
@@ -72,6 +72,8 @@ def _columns(drawn: bytes, now: float | None) -> Columns:
     rows = (
         np.frombuffer(drawn, dtype=np.uint8, offset=_HEAD, count=n * _ROW).reshape(n, _ROW).T.astype(np.int64)
     )
+    if head[6] < 64:  # all alike, except in who was chosen last
+        rows[:-1] = rows[:-1, :1]
     matched = prompt // size * _SHARE[rows[0]] // 100
     few = head[6] < 128
     queued = rows[1] // 8 if few else _QUEUE[rows[1]]
