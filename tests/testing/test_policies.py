@@ -195,7 +195,9 @@ if PAGE.exists():
 
     def test_the_page_says_why():
         why = dict(re.findall(r"^- `(\w+)`: (.*)$", PAGE.read_text(), re.MULTILINE))
-        said = {name: set(re.findall(r"`(\w+)`", text)) & set(invariants.names()) for name, text in why.items()}
+        said = {
+            name: set(re.findall(r"`(\w+)`", text)) & set(invariants.names()) for name, text in why.items()
+        }
         assert said == BROKEN
 
     def test_the_page_has_the_docstrings():
