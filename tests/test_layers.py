@@ -28,6 +28,7 @@ LAYERS = [
     ["decision"],
     ["router"],
     ["lifecycle"],
+    ["testing"],
     ["replay"],
     ["mock_engine"],
     ["commands"],
