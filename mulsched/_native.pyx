@@ -13,7 +13,7 @@ from cpython.buffer cimport (
 )
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.ref cimport PyObject
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
 from libcpp.memory cimport unique_ptr
@@ -46,6 +46,10 @@ cdef extern from "xxh3.hpp" namespace "mulsched" nogil:
     void c_hash_blocks "mulsched::hash_blocks"(
         const uint32_t*, size_t, size_t, uint64_t, uint64_t*) noexcept
     size_t first_invalid[Token](const Token*, size_t) noexcept
+
+cdef extern from "msgpack_integers.hpp" namespace "mulsched" nogil:
+    cbool read_array_header(const uint8_t*, size_t, size_t&, size_t&) noexcept
+    cbool read_integers[Word](const uint8_t*, size_t, size_t, size_t, Word*) noexcept
 
 cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
     cdef cppclass CMemory "mulsched::PrefixTree::Memory":
@@ -102,6 +106,7 @@ SOURCE_DIGEST = (<bytes> MULSCHED_SOURCE_DIGEST).decode()
 """Digest of the sources this module was built from; tests/test_build.py compares it with the checkout."""
 
 cdef object new_array = np.empty
+cdef object uint32_dtype = np.dtype(np.uint32)
 cdef object uint64_dtype = np.dtype(np.uint64)
 
 # Below these sizes the work takes less than about 10 us and giving up the GIL costs more than it brings.
@@ -290,6 +295,41 @@ def hash_text_blocks(str text, Py_ssize_t block_chars, uint64_t seed):
         (<uint64_t*> out.buf)[block] = c_xxh3_64(start, <size_t> (at - start), seed)
     PyBuffer_Release(&out)
     return keys
+
+
+# -- integers in messages -------------------------------------------------------------------------------
+
+def unpack_uint32(data):
+    """Return a msgpack array of integers in 0..2**32-1; None if data is anything else."""
+    return unpack(data, uint32_dtype)
+
+
+def unpack_uint64(data):
+    """Return a msgpack array of integers as 64-bit words, negative ones too; None if data is anything else."""
+    return unpack(data, uint64_dtype)
+
+
+cdef object unpack(object data, object dtype):
+    cdef Py_buffer view, out
+    cdef const uint8_t* start
+    cdef size_t count = 0, begin = 0, size
+    cdef cbool read
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        start = <const uint8_t*> view.buf
+        size = <size_t> view.len
+        if not read_array_header(start, size, count, begin):
+            return None
+        words = new_array(count, dtype)
+        PyObject_GetBuffer(words, &out, PyBUF_WRITABLE)
+        if out.itemsize == 4:
+            read = read_integers[uint32_t](start, size, begin, count, <uint32_t*> out.buf)
+        else:
+            read = read_integers[uint64_t](start, size, begin, count, <uint64_t*> out.buf)
+        PyBuffer_Release(&out)
+        return words if read else None
+    finally:
+        PyBuffer_Release(&view)
 
 
 # -- prefix index ---------------------------------------------------------------------------------------

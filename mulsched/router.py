@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -570,10 +571,13 @@ class Router:
             if len(keys) != n_blocks:
                 raise InvalidArgument(f"{n_blocks} block_hashes need as many keys, got {len(keys)}")
             return keys
+        namespace = event.namespace
+        if event.parent_hash is not None and namespace is not None and namespace.cache_salt is not None:
+            namespace = replace(namespace, cache_salt=None)  # it is in the key of the prompt's first block
         keys = block_keys(
             event.token_ids,
             self._block_size,
-            namespace=event.namespace,
+            namespace=namespace,
             seed=self._key_seed,
             extra_keys=event.extra_keys,
         )

@@ -28,6 +28,7 @@ LAYERS = [
     ["decision"],
     ["router"],
     ["lifecycle"],
+    ["events"],
     ["replay"],
     ["mock_engine"],
     ["commands"],
