@@ -68,7 +68,7 @@ cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
         void clear(uint32_t) except +
         int64_t store(uint32_t, const uint64_t*, size_t) except +
         int64_t store_named(
-            uint32_t, cbool, uint64_t, const uint64_t*, const uint64_t*, size_t) except +
+            uint32_t, cbool, uint64_t, const uint64_t*, const uint64_t*, size_t, cbool) except +
         int64_t remove_named(uint32_t, const uint64_t*, size_t) except +
         int64_t discard(uint32_t, const uint64_t*, size_t, size_t) except +
         void match(const uint64_t*, size_t, int64_t*, size_t) noexcept
@@ -394,7 +394,7 @@ cdef class PrefixIndex:
             newly = self.index.get().store(row, copied.data(), n)
         return newly
 
-    def store_named(self, uint32_t row, parent, hashes, keys):
+    def store_named(self, uint32_t row, parent, hashes, keys, cbool counts_copies=True):
         """Append blocks after the one that parent names; return blocks newly held, -1: unknown parent."""
         cdef Words path = words_of(keys), named = words_of(hashes)
         cdef const uint64_t* blocks = <const uint64_t*> path.view.buf
@@ -407,12 +407,12 @@ cdef class PrefixIndex:
             raise ValueError(f"{n} keys need as many hashes, got {named.length()}")
         cdef vector[uint64_t] copied
         if n <= STORE_BLOCKS_WITH_GIL:
-            return self.index.get().store_named(row, has_parent, parent_hash, names, blocks, n)
+            return self.index.get().store_named(row, has_parent, parent_hash, names, blocks, n, counts_copies)
         copied.assign(blocks, blocks + n)
         copied.insert(copied.end(), names, names + n)
         with nogil:
             newly = self.index.get().store_named(
-                row, has_parent, parent_hash, copied.data() + n, copied.data(), n)
+                row, has_parent, parent_hash, copied.data() + n, copied.data(), n, counts_copies)
         return newly
 
     def remove_named(self, uint32_t row, hashes):

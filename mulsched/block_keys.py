@@ -114,8 +114,8 @@ def block_keys(
     first_seed, rest_seed = _seeds(namespace, seed)
     keys = hash_blocks(tokens, size, rest_seed)
     if first_seed != rest_seed and len(keys) > 0:
-        start = tokens if isinstance(tokens, list | tuple) else memoryview(tokens)
-        keys[:1] = hash_blocks(start[:size], size, first_seed)
+        start = tokens[:size] if isinstance(tokens, list | tuple) else np.asarray(tokens)[:size]
+        keys[:1] = hash_blocks(start, size, first_seed)
     if extra_keys is not None:
         if not isinstance(extra_keys, Sequence):
             raise InvalidType(

@@ -561,7 +561,13 @@ class Router:
                     f"instance {event.instance!r} holds no block with engine hash {event.parent_hash!r}"
                 )
         self._observe(event.instance)
-        self._index.store(event.instance, keys, parent=event.parent_hash, engine_hashes=hashes)
+        self._index.store(
+            event.instance,
+            keys,
+            parent=event.parent_hash,
+            engine_hashes=hashes,
+            counts_copies=event.counts_copies,
+        )
 
     def _event_keys(self, event: BlockStored, n_blocks: int) -> Keys:
         if (event.token_ids is None) == (event.block_keys is None):

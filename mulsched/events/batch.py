@@ -9,9 +9,10 @@ __all__ = ["EventBatch", "KvEvent", "content_key", "medium_name"]
 
 KvEvent = BlockStored | BlockRemoved | CacheCleared
 
-# The names that engines give to tiers: vLLM 0.32 CPU and STORAGE, SGLang CPU_PINNED, CPU_TIER1 and DISK.
+# The names that engines give to tiers: vLLM 0.32 CPU and STORAGE, SGLang CPU_PINNED, CPU_TIER1 and DISK,
+# Dynamo device and host_pinned.
 _MEDIA = {"GPU": "GPU", "CPU": "CPU", "CPU_PINNED": "CPU", "CPU_TIER1": "CPU", "CPU_TIER2": "CPU",
-          "DISK": "DISK", "STORAGE": "DISK"}  # fmt: skip
+          "DISK": "DISK", "STORAGE": "DISK", "DEVICE": "GPU", "HOST_PINNED": "CPU"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,9 @@ class EventBatch:
 
     ``timestamp`` is in seconds on the engine's clock. ``unknown`` counts events of types that are not known,
     ``ignored`` those that are understood and do not concern the router (another cache group, blocks without
-    tokens), ``malformed`` those that cannot be read. ``removals_lost`` says that one of the malformed would
-    have removed blocks: whoever applies the rest then believes in blocks that may be gone.
+    tokens), ``malformed`` those that cannot be read. ``removals_lost`` says that one of the malformed may
+    have removed blocks: whoever applies the rest then believes in blocks that may be gone. ``event_ids`` are
+    the engine's own numbers of the events, in formats that number them rather than messages.
     """
 
     timestamp: float
@@ -31,6 +33,7 @@ class EventBatch:
     ignored: int = 0
     malformed: int = 0
     removals_lost: bool = False
+    event_ids: Sequence[int] = ()
 
 
 def medium_name(medium: str | None) -> str:

@@ -133,14 +133,12 @@ class SequenceTracker:
             # too old to be kept: nothing shows that these follow what was applied
             return self._lose_up_to(sequence, payload)
         if self._expected is None:
-            self._progress = True
             return self._begin(sequence, "attached", payload)
         if sequence < self._expected:
             return []
         if sequence > self._expected:
             # a ROUTER drops what it cannot send fast enough: as long as it gets on, ask for the rest
             return self._ask(self._pending) if self._progress else self._lose_up_to(sequence, payload)
-        self._progress = True
         return [self._deliver(sequence, payload)]
 
     def replay_ended(self) -> list[Action]:
@@ -199,6 +197,7 @@ class SequenceTracker:
         if len(self._recent) > self._window:
             del self._recent[next(iter(self._recent))]
         self._expected = sequence + 1
+        self._progress = True
         return Deliver(sequence, payload)
 
     def _begin(
