@@ -22,7 +22,8 @@ class Publisher:
         # an XPUB says when a subscription arrives
         self.live, self.replay = self.context.socket(zmq.XPUB), self.context.socket(zmq.ROUTER)
         self.endpoint, self.replay_endpoint = (
-            self._bind(socket, port) for socket, port in zip((self.live, self.replay), self.ports, strict=True)
+            self._bind(socket, port)
+            for socket, port in zip((self.live, self.replay), self.ports, strict=True)
         )
         self.task = asyncio.create_task(self._answer())
         return self

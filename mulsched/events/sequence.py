@@ -93,6 +93,11 @@ class SequenceTracker:
             return "attaching"
         return "known" if self._complete and not self._behind else "unknown"
 
+    @property
+    def wants_replay(self) -> bool:
+        """Whether a replay failed and nothing has come since that makes up for it: try ``connected`` again."""
+        return self._can_replay and not self._replaying and (self._expected is None or self._behind)
+
     def connected(self) -> list[Action]:
         """A connection was made, for the first time or again."""
         self._check(replaying=False)

@@ -1,6 +1,7 @@
 """One publisher's events, from its sockets to a router."""
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
@@ -107,7 +108,7 @@ class KvEventSubscriber:
         """Follow the publisher until cancelled. Raises ZMQError for an endpoint that is none."""
         context = self._context or zmq.asyncio.Context.instance()
         live = self._socket(context, zmq.SUB)
-        monitor = live.get_monitor_socket(zmq.EVENT_CONNECTED)
+        monitor = live.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
         try:
             live.subscribe(self._topic)
             live.connect(self.endpoint)
@@ -115,16 +116,30 @@ class KvEventSubscriber:
             poller.register(live, zmq.POLLIN)
             poller.register(monitor, zmq.POLLIN)
             while True:
-                ready = dict(await poller.poll())
-                if monitor in ready:
-                    await recv_monitor_message(monitor)
+                # while the publisher is quiet, a replay that failed is tried again
+                retry_ms = 1e3 * self._replay_timeout_s if self.tracker.wants_replay else -1
+                ready = dict(await poller.poll(retry_ms))
+                if monitor in ready:  # first, so that a restart is seen before the new engine's messages
+                    event = await recv_monitor_message(monitor)
+                    if event["event"] == zmq.EVENT_DISCONNECTED:
+                        self._connect_again(live)
+                        continue
                     self.counts["connections"] += 1
+                if monitor in ready or not ready:
                     await self._carry_out(context, self.tracker.connected())
                 elif live in ready:
                     await self._receive(context, live)
         finally:
             live.disable_monitor()
+            monitor.close()
             live.close()
+
+    def _connect_again(self, live: "zmq.asyncio.Socket") -> None:
+        """Connect after a disconnection: ZeroMQ does so by itself, but not after a message that is too long."""
+        self.counts["disconnections"] += 1
+        with contextlib.suppress(zmq.ZMQError):  # after such a message the connection is gone already
+            live.disconnect(self.endpoint)
+        live.connect(self.endpoint)
 
     def _socket(self, context: "zmq.asyncio.Context", kind: int) -> "zmq.asyncio.Socket":
         socket = context.socket(kind)

@@ -105,7 +105,9 @@ def _stored(stored: _Stored, instance: str, block_size: int) -> BlockStored | No
         return None
     tokens = [token.token_id for block in blocks[:whole] for token in block.tokens]
     contents = [
-        content_key([(str(token.token_extra_id), i) for i, token in enumerate(block.tokens) if token.token_extra_id])
+        content_key(
+            [(str(token.token_extra_id), i) for i, token in enumerate(block.tokens) if token.token_extra_id]
+        )
         or None
         for block in blocks[:whole]
     ]

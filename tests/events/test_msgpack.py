@@ -41,7 +41,10 @@ def test_a_batch_says_when_and_on_which_rank(encoding):
     assert (decoded.timestamp, decoded.data_parallel_rank) == (12.25, 3)
 
 
-@pytest.mark.parametrize("payload", [[1.0, []], {"ts": 1, "events": []}, {"ts": 1.0, "events": [], "more": [1]}, [1.0, [], None, "more"]])
+@pytest.mark.parametrize(
+    "payload",
+    [[1.0, []], {"ts": 1, "events": []}, {"ts": 1.0, "events": [], "more": [1]}, [1.0, [], None, "more"]],
+)
 def test_a_batch_may_be_short_or_long_or_a_map(payload):
     decoded = decode_vllm(msgspec.msgpack.encode(payload), "a")
     assert (decoded.timestamp, decoded.data_parallel_rank, decoded.events) == (1.0, None, [])
@@ -105,7 +108,10 @@ def test_other_cache_groups_are_left_out_and_counted(encoding):
         ({"lora_name": "sql", "lora_id": 1}, Namespace(lora="sql")),
         ({"lora_id": 1}, Namespace(lora="1")),
         ({"extra_keys": [("salt",), None]}, Namespace(cache_salt="salt")),
-        ({"lora_name": "sql", "extra_keys": [("sql", "salt"), ("sql",)]}, Namespace(lora="sql", cache_salt="salt")),
+        (
+            {"lora_name": "sql", "extra_keys": [("sql", "salt"), ("sql",)]},
+            Namespace(lora="sql", cache_salt="salt"),
+        ),
         ({"lora_name": "sql", "extra_keys": ["sql", "sql"]}, Namespace(lora="sql")),
     ],
 )
@@ -155,7 +161,10 @@ def test_sglangs_salt_is_read_from_a_field_or_a_map_in_place_of_the_adapter(wire
 
 def test_only_vllm_keeps_copies_of_a_block():
     wire = batch(stored([7, 8], TOKENS))
-    assert [decode(wire, "a").events[0].counts_copies for decode in (decode_vllm, decode_sglang)] == [True, False]
+    assert [decode(wire, "a").events[0].counts_copies for decode in (decode_vllm, decode_sglang)] == [
+        True,
+        False,
+    ]
 
 
 # -- what cannot be read ------------------------------------------------------------------------------------------
@@ -199,7 +208,9 @@ def test_a_store_that_cannot_be_read_costs_only_itself(event, encoding):
     assert [plain(e) for e in decoded.events] == [plain(BlockRemoved("a", [1, 8]))]
 
 
-@pytest.mark.parametrize("event", [removed(7), removed(["x"]), {"type": "BlockRemoved"}, {"a": 1}, [], 7, None, {"type": 1}])
+@pytest.mark.parametrize(
+    "event", [removed(7), removed(["x"]), {"type": "BlockRemoved"}, {"a": 1}, [], 7, None, {"type": 1}]
+)
 def test_what_may_have_been_a_removal_is_said_to_be_lost(event):
     decoded = decode_vllm(msgspec.msgpack.encode([1.0, [event], 0]), "a")
     assert (decoded.malformed, decoded.removals_lost) == (1, True)

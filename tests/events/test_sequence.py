@@ -77,6 +77,16 @@ def test_nothing_is_forgotten_before_the_publisher_has_answered():
     assert tracker.live(3, b"x") == [Clear("attached"), Deliver(3, b"x")]
 
 
+def test_a_replay_that_failed_is_wanted_again_until_messages_come():
+    tracker = SequenceTracker(can_replay=True)
+    tracker.connected()
+    tracker.replay_failed()
+    assert tracker.wants_replay
+    tracker.live(0, b"x")
+    assert not tracker.wants_replay
+    assert not SequenceTracker(can_replay=False).wants_replay
+
+
 # -- gaps -----------------------------------------------------------------------------------------------------
 
 

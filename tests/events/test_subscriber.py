@@ -101,7 +101,9 @@ def test_a_restarted_engine_is_learned_anew():
             await publisher.__aexit__()
             async with Publisher(ports=ports) as restarted:
                 await restarted.publish(BLOCKS[0])
-                await until(lambda: subscriber.state == "known" and subscriber.tracker.counts["restarts"] == 1)
+                await until(
+                    lambda: subscriber.state == "known" and subscriber.tracker.counts["restarts"] == 1
+                )
                 assert hit(router) == 4
 
     run(scenario)
@@ -146,7 +148,13 @@ def test_what_is_predicted_stays_until_the_publisher_is_heard_of():
     run(scenario, answers=False, subscriber={"replay_timeout_s": 0.05})
 
 
-MALFORMED = [[b"kv"], [b"kv", b"\0" * 8], [b"kv", b"\0" * 7, b"x"], [b"kv", b"\0" * 8, b"x", b"more"], [b"kv"] * 50]
+MALFORMED = [
+    [b"kv"],
+    [b"kv", b"\0" * 8],
+    [b"kv", b"\0" * 7, b"x"],
+    [b"kv", b"\0" * 8, b"x", b"more"],
+    [b"kv"] * 50,
+]
 
 
 def test_malformed_messages_are_counted_and_passed_over():
