@@ -2,7 +2,10 @@
 
 from mulsched.events.apply import apply_batch
 from mulsched.events.batch import EventBatch, KvEvent, content_key
+from mulsched.events.discovery import KvEventSource, discover_kv_events
 from mulsched.events.dynamo import decode_dynamo
+from mulsched.events.load_poller import LoadPoller
+from mulsched.events.prometheus_text import EngineLoad, read_engine_load
 from mulsched.events.sequence import SequenceTracker
 from mulsched.events.sglang import decode_sglang
 from mulsched.events.subscriber import KvEventSubscriber
@@ -10,9 +13,12 @@ from mulsched.events.tensorrt_llm import decode_tensorrt_llm
 from mulsched.events.vllm import decode_vllm
 
 __all__ = [
+    "EngineLoad",
     "EventBatch",
     "KvEvent",
+    "KvEventSource",
     "KvEventSubscriber",
+    "LoadPoller",
     "SequenceTracker",
     "apply_batch",
     "content_key",
@@ -20,4 +26,6 @@ __all__ = [
     "decode_sglang",
     "decode_tensorrt_llm",
     "decode_vllm",
+    "discover_kv_events",
+    "read_engine_load",
 ]
