@@ -109,33 +109,42 @@ class KvEventSubscriber:
         context = self._context or zmq.asyncio.Context.instance()
         live = self._socket(context, zmq.SUB)
         monitor = live.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
+        notice = asyncio.ensure_future(recv_monitor_message(monitor))
+        message = asyncio.ensure_future(live.recv_multipart())
         try:
             live.subscribe(self._topic)
             live.connect(self.endpoint)
-            poller = zmq.asyncio.Poller()
-            poller.register(live, zmq.POLLIN)
-            poller.register(monitor, zmq.POLLIN)
             while True:
                 # while the publisher is quiet, a replay that failed is tried again
-                retry_ms = 1e3 * self._replay_timeout_s if self.tracker.wants_replay else -1
-                ready = dict(await poller.poll(retry_ms))
-                if monitor in ready:  # first, so that a restart is seen before the new engine's messages
-                    event = await recv_monitor_message(monitor)
-                    if event["event"] == zmq.EVENT_DISCONNECTED:
-                        self._connect_again(live)
-                        continue
-                    self.counts["connections"] += 1
-                if monitor in ready or not ready:
+                retry_s = self._replay_timeout_s if self.tracker.wants_replay else None
+                done, _ = await asyncio.wait(
+                    (notice, message), timeout=retry_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if notice in done:  # first, so that a restart is seen before the new engine's messages
+                    event = notice.result()["event"]
+                    notice = asyncio.ensure_future(recv_monitor_message(monitor))
+                    await self._connection(context, live, connected=event == zmq.EVENT_CONNECTED)
+                elif message in done:
+                    frames = message.result()
+                    message = asyncio.ensure_future(live.recv_multipart())
+                    await self._receive(context, frames)
+                else:
                     await self._carry_out(context, self.tracker.connected())
-                elif live in ready:
-                    await self._receive(context, live)
         finally:
+            notice.cancel()
+            message.cancel()
             live.disable_monitor()
             monitor.close()
             live.close()
 
-    def _connect_again(self, live: "zmq.asyncio.Socket") -> None:
-        """Connect after a disconnection: ZeroMQ does so by itself, but not after a message that is too long."""
+    async def _connection(
+        self, context: "zmq.asyncio.Context", live: "zmq.asyncio.Socket", *, connected: bool
+    ) -> None:
+        if connected:
+            self.counts["connections"] += 1
+            await self._carry_out(context, self.tracker.connected())
+            return
+        # ZeroMQ connects again by itself, but not after a message that is too long
         self.counts["disconnections"] += 1
         with contextlib.suppress(zmq.ZMQError):  # after such a message the connection is gone already
             live.disconnect(self.endpoint)
@@ -147,8 +156,7 @@ class KvEventSubscriber:
             socket.setsockopt(option, value)
         return socket
 
-    async def _receive(self, context: "zmq.asyncio.Context", live: "zmq.asyncio.Socket") -> None:
-        frames = await live.recv_multipart()
+    async def _receive(self, context: "zmq.asyncio.Context", frames: list[bytes]) -> None:
         self.counts["messages"] += 1
         if len(frames) != 3 or len(frames[1]) != 8:
             self.counts["malformed_messages"] += 1  # what it said is missed as a gap

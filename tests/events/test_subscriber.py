@@ -7,7 +7,7 @@ import pytest
 from kv_publisher import Publisher, until
 from kv_wire import batch, cleared, removed, stored
 
-from mulsched import InvalidArgument, InvalidType, Namespace, Router, UnknownInstance
+from mulsched import BlockRemoved, InvalidArgument, InvalidType, Namespace, Router, UnknownInstance
 from mulsched.events import KvEventSubscriber, decode_sglang
 
 PROMPT = list(range(100, 140))
@@ -146,6 +146,27 @@ def test_what_is_predicted_stays_until_the_publisher_is_heard_of():
             assert hit(router) == 0
 
     run(scenario, answers=False, subscriber={"replay_timeout_s": 0.05})
+
+
+def test_an_event_loop_that_sleeps_is_woken_by_what_comes():
+    async def scenario(router, publisher, subscriber):
+        heard = asyncio.Event()
+        apply = router.apply
+
+        def apply_and_say(event):
+            apply(event)
+            if isinstance(event, BlockRemoved):
+                heard.set()
+
+        router.apply = apply_and_say
+        async with subscriber:
+            await publisher.subscribed()
+            for _ in range(3):
+                await publisher.publish(batch(removed([1])))
+                await asyncio.wait_for(heard.wait(), 5)
+                heard.clear()
+
+    run(scenario)
 
 
 MALFORMED = [
