@@ -524,13 +524,16 @@ class Router:
     def apply(self, event: Event) -> list[Hashable]:
         """Apply an engine's event; return the ids of requests lost with an instance, else nothing.
 
-        The first event from an instance with a predicted cache makes that cache observed.
+        The first event from an instance with a predicted cache makes that cache observed. Blocks on another
+        medium than the GPU do not count, and their events change nothing.
 
         Raises UnknownInstance, UnknownBlock (parent not held there; nothing is stored),
         BlockSizeMismatch, InvalidTokens, InvalidArgument, InvalidType.
         """
         with self._lock:
-            if isinstance(event, BlockStored):
+            if isinstance(event, BlockStored | BlockRemoved) and event.medium != "GPU":
+                self._index.row(event.instance)
+            elif isinstance(event, BlockStored):
                 self._apply_stored(event)
             elif isinstance(event, BlockRemoved):
                 hashes = as_hashes(event.block_hashes)

@@ -5,7 +5,7 @@ from collections import Counter
 from mulsched.errors import MulschedError
 from mulsched.events.batch import EventBatch
 from mulsched.router import Router
-from mulsched.types import BlockRemoved, BlockStored
+from mulsched.types import BlockRemoved, BlockStored, CacheCleared
 
 __all__ = ["apply_batch"]
 
@@ -23,7 +23,9 @@ def apply_batch(router: Router, batch: EventBatch, counts: Counter[str]) -> None
         except MulschedError as error:
             counts[type(error).__name__] += 1
             continue
-        if isinstance(event, BlockStored):
+        if not isinstance(event, CacheCleared) and event.medium != "GPU":
+            counts["events_of_other_media"] += 1
+        elif isinstance(event, BlockStored):
             counts["blocks_stored"] += len(event.block_hashes)
         elif isinstance(event, BlockRemoved):
             counts["blocks_removed"] += len(event.block_hashes)
