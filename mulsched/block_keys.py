@@ -6,8 +6,8 @@ the tree gives the chain. With the default seed they equal Dynamo's and smg's lo
 A namespace changes the seed, so equal tokens in different namespaces have different keys. A LoRA adapter
 alone seeds with ``seed + xxh3_64(name)``, the convention of Dynamo and smg; other namespaces seed with the
 hash of all their fields. A cache salt goes into the first key of a prompt alone, as in vLLM, whose events
-name it there only: what follows is reached through the first block. A block with multimodal content hashes that content's identifier with the key as
-seed, so that placeholder tokens alone never match.
+name it there only: what follows is reached through the first block. A block with multimodal content hashes
+that content's identifier with the key as seed, so that placeholder tokens alone never match.
 """
 
 from collections.abc import Sequence

@@ -299,8 +299,8 @@ class PrefixIndex:
 
         For a named instance ``keys`` follow the block that ``parent`` names (None: the prompt's start) and
         ``engine_hashes`` names them one by one; a name that is in use for the same block counts one copy
-        more (unless ``counts_copies`` is false), and one in use for another block moves here, as one copy. For
-        the other kinds ``keys`` is the path from the prompt's start. O(D + W) amortised.
+        more, unless ``counts_copies`` is false, and one in use for another block moves here, as one copy.
+        For the other kinds ``keys`` is the path from the prompt's start. O(D + W) amortised.
 
         Raises UnknownInstance, UnknownBlock (the instance holds no block named ``parent``), InvalidType,
         InvalidArgument (hashes missing, superfluous, or not as many as keys).

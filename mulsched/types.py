@@ -30,8 +30,8 @@ class Namespace:
     """What besides tokens must be equal for two prompts to share KV cache.
 
     ``lora`` alone seeds the keys with ``seed + xxh3_64(lora)``, the convention of Dynamo and smg; any
-    other combination of fields seeds them with a hash of all fields, where the salt counts for the first block
-    only. An empty namespace equals none.
+    other combination of fields seeds them with a hash of all fields. The salt seeds the first key only.
+    An empty namespace equals none.
     """
 
     lora: str | None = None

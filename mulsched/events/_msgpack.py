@@ -3,8 +3,9 @@
 A batch is an array ``[timestamp, events, data-parallel rank]`` or a map of these. An event is a map with a
 ``type`` key, or, from older engines, an array that begins with the type; more fields may follow than are
 known, and those at the end may be missing. A batch is decoded in one piece; if that fails, event by event,
-so that one that cannot be read costs only itself. msgspec believes no length before it has seen the bytes, and limits the depth; token ids
-and hashes, nearly all of the bytes, stay bytes until the core reads them into arrays.
+so that one that cannot be read costs only itself. msgspec believes no length before it has seen the bytes,
+and limits the depth; token ids and hashes, nearly all of the bytes, stay bytes until the core reads them into
+arrays.
 """
 
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class ClearedMap(msgspec.Struct, tag="AllBlocksCleared", gc=False):
 
 
 class StoredArray(msgspec.Struct, tag="BlockStored", array_like=True, gc=False):
-    """BlockStored as older engines write it. Where vLLM has the adapter's name, SGLang has a map or nothing."""
+    """BlockStored as older engines write it; where vLLM has the adapter's name, SGLang has a map."""
 
     block_hashes: Raw
     parent_block_hash: Hash | None

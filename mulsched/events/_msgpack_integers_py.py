@@ -27,6 +27,6 @@ def unpack_uint32(data: Any) -> NDArray[np.uint32] | None:
 
 
 def unpack_uint64(data: Any) -> NDArray[np.uint64] | None:
-    """Return a msgpack array of integers as 64-bit words, negative ones too; None if data is anything else."""
+    """Return a msgpack array of integers as 64-bit words, also negative ones; None if data is not one."""
     numbers = _unpack(data)
     return None if numbers is None else np.array([n % 2**64 for n in numbers], dtype=np.uint64)

@@ -1,8 +1,10 @@
 """Whatever bytes an engine sends: decoders, sequence tracker and router neither crash nor disagree.
 
-Run ``python tests/fuzz/fuzz_events.py -max_total_time=20``, with libFuzzer's options; needs atheris.
+Run ``python tests/fuzz/fuzz_events.py CORPUS -max_total_time=20``: a directory, in which it begins with a
+message of each format, and libFuzzer's options. Needs atheris.
 """
 
+import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -38,16 +40,21 @@ WHOLE = [
     removed([1, 3]),
     cleared(),
 ]
-DYNAMO = {"event": {"event_id": 1, "data": {"stored": {"parent_hash": None, "blocks": [{"block_hash": 1, "tokens_hash": 2}]}}}}
+DYNAMO = {"event": {"event_id": 1, "data": {"stored": {"parent_hash": None, "blocks": [
+    {"block_hash": 1, "tokens_hash": 2}]}}}}  # fmt: skip
 TENSORRT_LLM = [{"event_id": 1, "data": {"type": "stored", "parent_hash": None, "blocks": [
     {"block_hash": 1, "tokens": [{"token_id": n, "token_extra_id": 0} for n in range(4)]}]}}]  # fmt: skip
-SEEDS = [
-    b"\x00" + batch(*WHOLE),
-    b"\x01" + batch(*WHOLE, encoding="array"),
-    b"\x02" + msgspec.json.encode(DYNAMO),
-    b"\x03" + msgspec.json.encode(TENSORRT_LLM),
-    b"\x04vllm:num_requests_running{engine=\"0\"} 1\nvllm:num_requests_waiting 2\n",
-]  # fmt: skip
+PAGE = b'vllm:num_requests_running{engine="0"} 1\nvllm:num_requests_waiting 2\n'
+# An input is a byte that chooses the format, bytes that steer, and a message.
+STEERING = 16
+MESSAGES = [
+    batch(*WHOLE),
+    batch(*WHOLE, encoding="array"),
+    msgspec.json.encode(DYNAMO),
+    msgspec.json.encode(TENSORRT_LLM),
+    PAGE,
+]
+SEEDS = [bytes([n]) + bytes(STEERING) + message for n, message in enumerate(MESSAGES)]
 
 
 class Follower:
@@ -86,19 +93,19 @@ class Follower:
 
 
 def one_input(data):
-    choice, rest = data[:1], data[1:]
-    if choice == b"\x04":
-        try:
-            read_engine_load(rest)
-        except InvalidEvents:
-            pass
+    steering, message = data[1 : STEERING + 1], data[STEERING + 1 :]
+    choice = data[0] % len(MESSAGES) if data else 0
+    if choice == len(DECODERS):
+        with contextlib.suppress(InvalidEvents):
+            read_engine_load(message)
         return
-    provider = atheris.FuzzedDataProvider(rest[:12])
-    follower = Follower(DECODERS[(choice or b"\0")[0] % 4], provider.ConsumeBool())
+    provider = atheris.FuzzedDataProvider(steering)
+    follower = Follower(DECODERS[choice], provider.ConsumeBool())
+    follower.deliver(message)
     follower.do(follower.tracker.connected())
-    for _ in range(4):
+    for _ in range(5):
         sequence = provider.ConsumeIntInRange(-1, 5)
-        payload = rest[provider.ConsumeIntInRange(0, 12) :]
+        payload = message[: provider.ConsumeIntInRange(0, 200)]
         if follower.tracker.state != "replaying":
             follower.do(follower.tracker.live(sequence, payload))
             continue
@@ -109,13 +116,14 @@ def one_input(data):
                 follower.do(follower.tracker.replay_failed())
             case _:
                 follower.do(follower.tracker.replayed(sequence, payload))
-    follower.deliver(rest)
     follower.router.index.check()
     follower.router.select([1, 2, 3, 4, 5])
 
 
 if __name__ == "__main__":
-    for seed in SEEDS:
-        one_input(seed)
+    corpus = Path(sys.argv[1])
+    corpus.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(SEEDS):
+        (corpus / str(number)).write_bytes(seed)
     atheris.Setup(sys.argv, one_input)
     atheris.Fuzz()
