@@ -14,10 +14,10 @@ __all__ = ["LoadPoller"]
 class LoadPoller:
     """Reports what an engine's Prometheus page says of its load to a router.
 
-    ``url``: the page, such as ``http://HOST:8000/metrics``. ``rank``: the data-parallel rank that the instance
-    is; None for all. ``period_s``: from one request to the next; the default is arbitrary. ``timeout_s``: for
-    one request. ``stale_after_s``: after so long without an answer the last one no longer counts, and the
-    router goes by its own bookings alone; the default is five periods.
+    ``url``: the page, such as ``http://HOST:8000/metrics``. ``rank``: the data-parallel rank that the
+    instance is; None for all. ``period_s``: from one request to the next. ``timeout_s``: for one request.
+    ``stale_after_s``: after so long without an answer the last one no longer counts, and the router goes by
+    its own bookings alone; None for five periods. All defaults are arbitrary.
 
     A page is a state that is past when it arrives, so it is reported with the time at which it was asked for,
     and only load that the router has not booked itself is added; see :mod:`mulsched.load`.

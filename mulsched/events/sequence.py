@@ -95,7 +95,7 @@ class SequenceTracker:
 
     @property
     def wants_replay(self) -> bool:
-        """Whether a replay failed and nothing has come since that makes up for it: try ``connected`` again."""
+        """Whether a replay failed and no message has made up for it since: call ``connected`` again."""
         return self._can_replay and not self._replaying and (self._expected is None or self._behind)
 
     def connected(self) -> list[Action]:

@@ -36,10 +36,11 @@ class KvEventSubscriber:
     message's payload to a batch, such as ``decode_vllm``, ``decode_sglang``. An engine with several
     data-parallel ranks has a publisher for each, and each rank is an instance: one subscriber for each.
     ``max_message_bytes``: a longer message ends the connection, which is then made anew; the default is some
-    two million tokens. ``replay_timeout_s``: how long to wait for each part of an answer. ``queue_messages``:
-    how many messages may wait here before ZeroMQ drops some, which shows as a gap. All defaults are arbitrary.
+    two million tokens. ``replay_timeout_s``: how long to wait for each message of an answer.
+    ``queue_messages``: how many messages may wait here before ZeroMQ drops some, which shows as a gap. All
+    defaults are arbitrary.
 
-    A message is applied on the event loop in one piece, a microsecond or less a block. Nothing that a
+    A message is applied on the event loop in one piece, about a microsecond a block. Nothing that a
     publisher sends ends :meth:`run`. Use as ``async with`` or call :meth:`run` in a task of your own.
 
     Raises InvalidType, InvalidArgument, UnknownInstance.
