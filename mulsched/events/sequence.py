@@ -112,6 +112,7 @@ class SequenceTracker:
             return []
         self._seen_alive = True
         if self._expected is None:
+            self._behind = False
             return self._begin(sequence, "attached", payload)
         if sequence == self._expected:
             self._behind = False
@@ -256,6 +257,7 @@ class SequenceTracker:
         if pending is None:
             return []
         sequence, payload = pending
+        self._behind = False  # nothing is later than what came live
         if self._expected is None:
             return self._begin(sequence, "gap", payload)
         if sequence > self._expected:
