@@ -100,6 +100,7 @@ def test_a_gap_is_filled_by_replay_from_the_last_applied_message():
     assert tracker.replay_ended() == []
     assert tracker.state == "known"
     assert tracker.counts["clears"] == 1  # the one of attaching
+    assert tracker.counts["duplicates"] == 0  # the message that showed the gap came twice, but not live
 
 
 def test_the_message_that_showed_the_gap_is_not_lost_if_the_replay_stops_before_it():
