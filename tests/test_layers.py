@@ -29,6 +29,7 @@ LAYERS = [
     ["router"],
     ["lifecycle"],
     ["testing"],
+    ["events"],
     ["replay"],
     ["mock_engine"],
     ["commands"],
