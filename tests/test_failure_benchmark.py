@@ -191,6 +191,11 @@ def test_the_least_behind_is_judged_by_its_worst_figure():
     assert one.worst("linear") == pytest.approx(9.0)
 
 
+def test_a_policy_that_another_beats_in_all_is_dominated():
+    one = table(row("vllm", ttft_mean_s=0.5), row("linear", ttft_mean_s=0.6), row("random", tpot_p99_s=0.9))
+    assert one.undominated() == ["vllm", "random"]
+
+
 def test_a_better_figure_is_bold_beyond_the_noise():
     assert "| **-50 %** |" in page.losses([table(row("vllm", tpot_p99_s=0.5))]) + " |"
 

@@ -69,6 +69,7 @@ def write(tables: Sequence[Table], texts: dict[str, str]) -> str:
         ("What was replayed", texts["Set-up"] + "\n\n" + setups(cells)),
         ("Does LMetric lose?", texts["Losses"] + "\n\n" + losses(hot) + "\n\n" + drawn),
         ("Within 5 %?", texts["Verdicts"] + "\n\n" + verdicts(hot)),
+        ("Where nothing is", texts["Frontier"] + "\n\n" + frontier(hot)),
         ("No burst", texts["Calm"] + "\n\n" + losses(by_part["calm"])),
         ("Ties, zeros, late state", texts["Ties"] + "\n\n" + ties(by_part["ties"])),
         ("All figures", texts["Tables"] + "\n\n" + "\n\n".join(full(t) for t in cells if t.part != "ties")),
@@ -153,6 +154,18 @@ def verdicts(cells: Sequence[Table]) -> str:
     return markdown(["cell", *(label(spec) for spec in shown), "oracle", "least behind of the fixed"], rows)
 
 
+def frontier(cells: Sequence[Table]) -> str:
+    """Return, for each cell in which no policy is within ``ALLOWED``, those that no other beats in all."""
+    rows = []
+    for table in cells:
+        if any(table.verdict(spec) == "yes" for spec in table.policies):
+            continue
+        for spec in table.undominated():
+            gaps = (percent(table.behind(spec, figure)) for figure in JUDGED)
+            rows.append([table.name, f"`{label(spec)}`", *gaps])
+    return markdown(["cell", "policy", *JUDGED_NAMES], rows)
+
+
 def ties(cells: Sequence[Table]) -> str:
     """Return a table for each cell: policies, tie rules and delays, means over the seeds."""
     return "\n\n".join(f"### {table.name}\n\n{_ties(table)}" for table in cells)
@@ -173,10 +186,18 @@ def full(table: Table) -> str:
     """Return every policy's figures in a cell, means over the seeds."""
     columns = [column for column in SHOWN if table.body["window"] or "recovery" not in column[1]]
     rows = [
-        [f"`{label(spec)}`", *(number(table.mean(spec, _figure(table, f)) * unit) for _, f, unit in columns)]
+        [f"`{label(spec)}`", *(_mean(table, spec, _figure(table, f), unit) for _, f, unit in columns)]
         for spec in table.policies
     ]
     return f"### {table.name}\n\n" + markdown(["policy", *(name for name, _, _ in columns)], rows)
+
+
+def _mean(table: Table, spec: str, figure: str, unit: float) -> str:
+    """Return a figure's mean over the seeds, and of how many where not all have it."""
+    runs = table.runs(spec)
+    having = sum(row[figure] is not None for row in runs)
+    text = number(unit * table.mean(spec, figure))
+    return text if having in (0, len(runs)) else f"{text} ({having} of {len(runs)})"
 
 
 def _figure(table: Table, figure: str) -> str:

@@ -12,8 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from failure.cases import DETECTORS, LOAD_ONLY, REFERENCE
-from failure.run import SERIES_STEP_S
+from failure.run import DRAWN, SERIES_STEP_S
 from failure.tables import Table, label
 
 
@@ -34,7 +33,7 @@ def draw(tables: Sequence[Table], images: Path) -> None:
 
 def instances(table: Table) -> plt.Figure:
     """A panel a policy: a line for each instance, the burst shaded."""
-    shown = [spec for spec in (REFERENCE, LOAD_ONLY[-1], *DETECTORS) if spec in table.body["series"]]
+    shown = [spec for spec in DRAWN if spec in table.body["series"]]
     figure, axes = plt.subplots(
         1, len(shown), figsize=(4 * len(shown), 3), sharey=True, layout="constrained", squeeze=False
     )

@@ -17,7 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from failure.cases import CASES, INSTANCES, POLICIES, PROFILE, REFERENCE, SEEDS, Case, Run, runs
+from failure.cases import (
+    CASES,
+    DETECTORS,
+    INSTANCES,
+    LOAD_ONLY,
+    POLICIES,
+    PROFILE,
+    REFERENCE,
+    SEEDS,
+    Case,
+    Run,
+    runs,
+)
 from failure.measures import BURST_FIGURES, FIGURES, burst_figures, in_flight
 from mulsched.policies import PolicySpec, parse_spec
 from mulsched.replay import builtin_profile, replay
@@ -26,8 +38,9 @@ from mulsched.replay.saturation import SATURATION_FRACTIONS, rates_to_saturation
 HERE = Path(__file__).parent
 KEY = ("spec", "seed", "ties", "tie_seed", "delay_s")
 COLUMNS = (*KEY, *FIGURES, *BURST_FIGURES)
-SERIES = ("long-output-small-0.7", "thinking-class-0.5")
-"""Cells whose load by instance is kept, to be drawn."""
+DRAWN = (REFERENCE, LOAD_ONLY[-1], *DETECTORS)
+SERIES = ("long-output-small-0.5", "thinking-class-0.5")
+"""Cells whose load by instance is kept for the policies that are drawn."""
 SERIES_STEP_S = 2.0
 
 
@@ -147,7 +160,7 @@ def _run(case: Case, left: Sequence[Run], body: dict[str, Any], data: Path) -> N
             )
             figures = result.summary() | burst_figures(result, background, case.window)
             body["rows"].append([*run.key, *(_short(figures[name]) for name in COLUMNS[len(KEY) :])])
-            if f"{case.name}-{body['load']:g}" in SERIES and run == Run(run.spec, SEEDS[0]):
+            if f"{case.name}-{body['load']:g}" in SERIES and run in [Run(spec, SEEDS[0]) for spec in DRAWN]:
                 times = np.arange(0.0, trace.arrival_s[-1], SERIES_STEP_S)
                 body["series"][run.spec] = in_flight(result, times).T.tolist()
 

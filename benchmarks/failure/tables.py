@@ -115,6 +115,18 @@ class Table:
         """The policy that is least behind in its worst figure."""
         return min(among, key=self.worst)
 
+    def undominated(self) -> list[str]:
+        """The policies that no other is at least as good as in all judged figures."""
+        ratios = {spec: [self.ratio(spec, figure) for figure in JUDGED] for spec in self.policies}
+        return [
+            spec
+            for spec, own in ratios.items()
+            if not any(
+                other != own and all(a <= b for a, b in zip(other, own, strict=True))
+                for other in ratios.values()
+            )
+        ]
+
 
 def label(spec: str) -> str:
     """Return a policy's name as in tables, ``linear(weight=0.3)``."""
