@@ -1,4 +1,4 @@
-"""What a router's view is worth: ``cd benchmarks && python -m router_view.run [--out FILE] [--cases NAME ...]``.
+"""What a router's view is worth: ``cd benchmarks && python -m router_view.run [--cases NAME ...]``.
 
 LMetric under other views of the same traffic, by the replay's Python loop on the production router: prefixes
 in flight not counted, counted as cached, or at a discount; first tokens never heard of and the queue released
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from failure.cases import CASES, INSTANCES, PROFILE, Case
+
 from mulsched import Router, policies
 from mulsched.replay import builtin_profile
 from router_view.views import (
