@@ -1,7 +1,7 @@
 """What a policy is, and the registry of named ones."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -52,6 +52,7 @@ class Policy:
     filters: tuple[Filter, ...] = ()
     ties: Ties = "least_recent"
     on_dispatch: Callable[[Columns, int], None] | None = None
+    on_end: Callable[[Hashable], None] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
