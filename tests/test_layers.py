@@ -23,6 +23,7 @@ LAYERS = [
     ["_columns_py"],
     ["indicators"],
     ["scorers"],
+    ["failure_condition"],
     ["policies"],
     ["decision"],
     ["router"],
