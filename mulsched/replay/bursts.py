@@ -92,25 +92,28 @@ def _between(share_ratio: float, trunk: int, suffix: int, output: int) -> HotCla
 
 
 BURSTS = {
-    "hot_class": Burst("chat", (_between(0.4, 4096, 128, 300),)),
-    "hot_classes": Burst("chat", tuple(_between(0.05, 4096, 128, 300) for _ in range(8))),
-    "hot_long_output": Burst("chat", (_between(0.3, 4096, 128, 2000),)),
-    "hot_growing": Burst("chat", (replace(_between(0.5, 4096, 128, 300), ramp_s=90.0),)),
-    "hot_common_trunk": Burst(
-        "chat", tuple(replace(_between(0.08, 4096, 128, 300), common_tokens=3072) for _ in range(5))
-    ),
-    "hot_identical": Burst("chat", (replace(_between(0.5, 4096, 0, 300), seeded=False),)),
+    "hot_class": Burst("chat", (_between(0.4, 16_384, 128, 300),)),
+    "hot_classes": Burst("chat", (_between(0.05, 16_384, 128, 300),) * 8),
+    "hot_long_output": Burst("chat", (_between(0.4, 16_384, 128, 1500),)),
+    "hot_growing": Burst("chat", (replace(_between(0.6, 16_384, 128, 600), ramp_s=90.0),)),
+    "hot_common_trunk": Burst("chat", (replace(_between(0.08, 16_384, 128, 600), common_tokens=12_288),) * 5),
+    "hot_short_trunk": Burst("chat", (_between(0.4, 4096, 128, 300),)),
+    "hot_identical": Burst("chat", (replace(_between(0.5, 16_384, 0, 300), seeded=False),)),
     "hot_everywhere": Burst(
-        "chat", tuple(replace(_between(0.2, 2048, 0, 300), start_s=0.0, end_s=240.0, seeded=False) for _ in range(4))
+        "chat",
+        (replace(_between(0.2, 4096, 0, 300), start_s=0.0, end_s=BURST_DURATION_S, seeded=False),) * 4,
     ),
 }
-"""Bursts by name. Sizes are arbitrary: on 16 instances a class with one holder is over its share above 1/16.
+"""Bursts by name. On 16 instances a class whose prefix has one holder is over its share above 1/16.
 
 ``hot_class``: one class over its share. ``hot_classes``: eight, each under it, together far over.
-``hot_long_output``: answers of 2,000 tokens, so that requests pile up. ``hot_growing``: rises for a minute
+``hot_long_output``: answers of 1,500 tokens, so that requests pile up. ``hot_growing``: rises for a minute
 and a half, then vanishes. ``hot_common_trunk``: five classes of one system prompt and different tools.
-``hot_identical``: equal prompts, on no instance when they start to come. ``hot_everywhere``: four prompts
-make up four fifths of the traffic all along, so that soon every instance holds them all.
+``hot_short_trunk``: as ``hot_class`` with a prefix that is cheap to compute again. ``hot_identical``: equal
+prompts, on no instance when they start to come. ``hot_everywhere``: four prompts make up four fifths of the
+traffic all along, so that soon every instance holds them all. Prefixes of 16,384 tokens, what a system prompt
+with many tools takes: with 4,096 a herd hardly forms, since computing the prefix again soon costs less than
+the queue (``benchmarks/failure``).
 """
 
 
@@ -123,7 +126,11 @@ def steady_burst(burst: Burst, duration_s: float) -> Burst:
 
 
 def burst_trace(
-    burst: str | Burst, *, duration_s: float = BURST_DURATION_S, seed: int = 0, rate_per_s: float | None = None
+    burst: str | Burst,
+    *,
+    duration_s: float = BURST_DURATION_S,
+    seed: int = 0,
+    rate_per_s: float | None = None,
 ) -> Trace:
     """Return a seeded trace of a burst, one of ``BURSTS`` or one's own, 16-token blocks.
 
@@ -144,7 +151,9 @@ def burst_trace(
     top = rate / (1 - math.fsum(hot.share_ratio for hot in burst.hot))
     free = int((background.run_start + background.run_length).max())
     common = max(hot.common_tokens for hot in burst.hot) // BLOCK_SIZE
-    parts = [_Part(background.arrival_s, background.prompt_tokens, background.output_tokens, _runs(background))]
+    parts = [
+        _Part(background.arrival_s, background.prompt_tokens, background.output_tokens, _runs(background))
+    ]
     common_start, free = free, free + common
     for hot in burst.hot:
         part, free = _hot_part(hot, top * hot.share_ratio, duration_s, common_start, free, rng)
