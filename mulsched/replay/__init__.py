@@ -1,5 +1,6 @@
 """Replay: a trace through the same router that production uses, into a model of the engines."""
 
+from mulsched.replay.bursts import BURSTS, Burst, HotClass, burst_trace, steady_burst
 from mulsched.replay.capacity import GPUS, MODELS, Gpu, ModelShape, kv_blocks
 from mulsched.replay.engine import EngineModel
 from mulsched.replay.fit import Fit, fit_profile
@@ -18,16 +19,19 @@ from mulsched.replay.validation import validate_trace
 
 __all__ = [
     "BUILTIN_PROFILES",
+    "BURSTS",
     "FORMATS",
     "GPUS",
     "MODELS",
     "WORKLOADS",
+    "Burst",
     "CacheChange",
     "Disaggregation",
     "EngineModel",
     "Fit",
     "FittedStep",
     "Gpu",
+    "HotClass",
     "ModelShape",
     "MoeRoofline",
     "Profile",
@@ -41,6 +45,7 @@ __all__ = [
     "Trace",
     "TraceStats",
     "builtin_profile",
+    "burst_trace",
     "fit_profile",
     "format_calibration",
     "kv_blocks",
@@ -53,6 +58,7 @@ __all__ = [
     "replay",
     "replay_many",
     "roofline",
+    "steady_burst",
     "synthetic_trace",
     "targets",
     "validate_trace",

@@ -14,10 +14,7 @@ from mulsched.errors import InvalidArgument
 from mulsched.replay.synthetic import BLOCK_SIZE, WORKLOADS, check_positive, synthetic_trace
 from mulsched.replay.trace import Floats, Ints, Trace
 
-__all__ = ["BURSTS", "BURST_DURATION_S", "Burst", "HotClass", "burst_trace", "steady_burst"]
-
-BURST_DURATION_S = 240.0
-"""Length of a trace with a burst, when none is asked for: a minute before, a minute and a half in it."""
+__all__ = ["BURSTS", "Burst", "HotClass", "burst_trace", "steady_burst"]
 
 _LEAD_S = 20.0  # time for the first request's prefill, and for its answer if that is not long
 _SIGMA = 0.5  # of the lognormal lengths of suffixes and answers: arbitrary, the answers of chat have .66
@@ -60,20 +57,21 @@ class HotClass:
             )
         if self.suffix_tokens < 0 or self.output_tokens < 1:
             raise InvalidArgument(
-                f"suffix_tokens must be at least 0 and output_tokens at least 1, got {self.suffix_tokens} and "
-                f"{self.output_tokens}"
+                "suffix_tokens must be at least 0 and output_tokens at least 1, got "
+                f"{self.suffix_tokens} and {self.output_tokens}"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Burst:
-    """A background, one of ``WORKLOADS``, and the hot classes on top of it.
+    """A background, one of ``WORKLOADS``, the hot classes on top of it, and how long to watch.
 
     The shares add up to less than 1. Raises InvalidArgument.
     """
 
     background: str
     hot: tuple[HotClass, ...]
+    duration_s: float = 240.0
 
     def __post_init__(self) -> None:
         if self.background not in WORKLOADS:
@@ -83,12 +81,18 @@ class Burst:
         total = math.fsum(hot.share_ratio for hot in self.hot)
         if not self.hot or total >= 1:
             raise InvalidArgument(
-                f"a burst needs hot classes whose shares add up to less than 1, got {len(self.hot)} with {total:g}"
+                f"a burst needs hot classes with shares that add up to less than 1, got {len(self.hot)} with "
+                f"{total:g} in all"
             )
+        check_positive(duration_s=self.duration_s)
 
 
 def _between(share_ratio: float, trunk: int, suffix: int, output: int) -> HotClass:
     return HotClass(share_ratio, trunk, suffix, output, start_s=60.0, end_s=150.0)
+
+
+def _thinking(share_ratio: float) -> HotClass:
+    return HotClass(share_ratio, 16_384, 128, 3600, start_s=120.0, end_s=540.0)
 
 
 BURSTS = {
@@ -100,9 +104,10 @@ BURSTS = {
     "hot_short_trunk": Burst("chat", (_between(0.4, 4096, 128, 300),)),
     "hot_identical": Burst("chat", (replace(_between(0.5, 16_384, 0, 300), seeded=False),)),
     "hot_everywhere": Burst(
-        "chat",
-        (replace(_between(0.2, 4096, 0, 300), start_s=0.0, end_s=BURST_DURATION_S, seeded=False),) * 4,
+        "chat", (replace(_between(0.2, 4096, 0, 300), start_s=0.0, end_s=240.0, seeded=False),) * 4
     ),
+    "hot_thinking": Burst("thinking", (_thinking(0.5),), duration_s=720.0),
+    "hot_thinking_pair": Burst("thinking", (_thinking(0.125),) * 2, duration_s=720.0),
 }
 """Bursts by name. On 16 instances a class whose prefix has one holder is over its share above 1/16.
 
@@ -111,31 +116,34 @@ BURSTS = {
 and a half, then vanishes. ``hot_common_trunk``: five classes of one system prompt and different tools.
 ``hot_short_trunk``: as ``hot_class`` with a prefix that is cheap to compute again. ``hot_identical``: equal
 prompts, on no instance when they start to come. ``hot_everywhere``: four prompts make up four fifths of the
-traffic all along, so that soon every instance holds them all. Prefixes of 16,384 tokens, what a system prompt
-with many tools takes: with 4,096 a herd hardly forms, since computing the prefix again soon costs less than
-the queue (``benchmarks/failure``).
+traffic all along, so that soon every instance holds them all. ``hot_thinking``, ``hot_thinking_pair``: one
+class of half of the arrivals, two of an eighth each, in long answers.
+
+Prefixes have 16,384 tokens, as a system prompt with many tools has: with 4,096 the prefix is soon cheaper to
+compute again than to queue for, and LMetric spreads the class by itself. Sizes are arbitrary otherwise.
 """
 
 
-def steady_burst(burst: Burst, duration_s: float) -> Burst:
-    """Return the burst with all its classes at their height from 0 to ``duration_s``: to find how much is
-    too much.
-    """
-    steady = (replace(hot, start_s=0.0, end_s=duration_s, ramp_s=0.0, seeded=False) for hot in burst.hot)
-    return Burst(burst.background, tuple(steady))
+def steady_burst(burst: Burst) -> Burst:
+    """Return the burst with all its classes at their height all along: to find how much is too much."""
+    steady = (
+        replace(hot, start_s=0.0, end_s=burst.duration_s, ramp_s=0.0, seeded=False) for hot in burst.hot
+    )
+    return replace(burst, hot=tuple(steady))
 
 
 def burst_trace(
     burst: str | Burst,
     *,
-    duration_s: float = BURST_DURATION_S,
+    duration_s: float | None = None,
     seed: int = 0,
     rate_per_s: float | None = None,
 ) -> Trace:
     """Return a seeded trace of a burst, one of ``BURSTS`` or one's own, 16-token blocks.
 
-    ``rate_per_s``: of the background, by default its workload's; the hot classes' follows from it and their
-    shares. Hot requests have session -1. O(requests). Raises InvalidArgument, InvalidType.
+    ``duration_s``: by default the burst's. ``rate_per_s``: of the background, by default its workload's; the
+    hot classes' follows from it and their shares. Hot requests are of no session. O(requests).
+    Raises InvalidArgument, InvalidType.
     """
     if isinstance(burst, str):
         if burst not in BURSTS:
@@ -144,8 +152,9 @@ def burst_trace(
     else:
         name = "burst"
     rate = WORKLOADS[burst.background].rate_per_s if rate_per_s is None else rate_per_s
-    check_positive(duration_s=duration_s, rate_per_s=rate)
-    background = synthetic_trace(burst.background, duration_s=duration_s, seed=seed, rate_per_s=rate)
+    duration = burst.duration_s if duration_s is None else duration_s
+    check_positive(duration_s=duration, rate_per_s=rate)
+    background = synthetic_trace(burst.background, duration_s=duration, seed=seed, rate_per_s=rate)
     # the background draws from the seed itself
     rng = np.random.default_rng([seed, 1])
     top = rate / (1 - math.fsum(hot.share_ratio for hot in burst.hot))
@@ -156,7 +165,7 @@ def burst_trace(
     ]
     common_start, free = free, free + common
     for hot in burst.hot:
-        part, free = _hot_part(hot, top * hot.share_ratio, duration_s, common_start, free, rng)
+        part, free = _hot_part(hot, top * hot.share_ratio, duration, common_start, free, rng)
         parts.append(part)
     return _joined(f"synthetic:{name}", background, parts)
 
