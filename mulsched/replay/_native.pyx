@@ -313,7 +313,10 @@ cdef class Host:
             seed=self.options.seed,
             now=now,
         )
-        position, _ = select(policy, columns, self.options.ties[p])
+        judged = None if policy.detector is None else policy.detector.judge(columns)
+        position, _ = select(policy, columns, self.options.ties[p], keep=None if judged is None else judged[0])
+        if policy.detector is not None:
+            policy.detector.dispatch(columns, request)
         if policy.on_dispatch is not None:
             policy.on_dispatch(columns, position)
         return position
@@ -350,7 +353,7 @@ cdef void ended(void* host, size_t p, int64_t request) noexcept with gil:
     if self.error is not None:
         return
     try:
-        self.options.policies[p].on_end(request)
+        self.options.policies[p].detector.end(request)
     except BaseException as error:
         self.error = error
 
@@ -481,8 +484,8 @@ def run_replay(trace, options, records, progress):
         policy, ties = options.policies[p], options.ties[p]
         replay.get().pools()[p].ties = {
             "least_recent": Ties.kLeastRecent, "random": Ties.kRandom, "first": Ties.kFirst}[ties]
-        replay.get().pools()[p].tell_ends = policy.on_end is not None
-        form = None if policy.filters or policy.on_dispatch is not None else native_form(policy.score)
+        replay.get().pools()[p].tell_ends = policy.detector is not None
+        form = None if policy.filters or policy.on_dispatch or policy.detector else native_form(policy.score)
         if form is not None:
             replay.get().pools()[p].score.columns = form[0]
             replay.get().pools()[p].score.weights = form[1]
