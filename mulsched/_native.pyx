@@ -98,6 +98,22 @@ cdef extern from "select.hpp" namespace "mulsched" nogil:
         const CFusedScore&, Ties, uint64_t, int64_t, const int64_t*, const int64_t*, size_t,
         double*) noexcept
 
+cdef extern from "failure.hpp" namespace "mulsched" nogil:
+    cdef cppclass CClassFound "mulsched::ClassFound":
+        int64_t depth
+        uint64_t hash
+        double load
+        int64_t holders
+
+    cdef cppclass COccupancy "mulsched::Occupancy":
+        COccupancy(double) except +
+        double load()
+        size_t nodes()
+        CClassFound examine(const uint64_t*, size_t, const int64_t*, const int64_t*, size_t) except +
+        size_t dispatch(const uint64_t*, size_t, const int64_t*, const int64_t*, size_t, double, CClassFound&,
+                        vector[uint64_t]&) except +
+        void end(size_t, vector[uint64_t]&) except +
+
 SOURCE_DIGEST = (<bytes> MULSCHED_SOURCE_DIGEST).decode()
 """Digest of the sources this module was built from; tests/test_build.py compares it with the checkout."""
 
@@ -519,3 +535,53 @@ def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prom
         raise ValueError(f"{candidates.length()} candidates need as many scores, got {values.length()}")
     return c_score_and_pick(score.score, score.ties, score.seed, decision, <const int64_t*> candidates.view.buf,
                             table, candidates.length(), <double*> values.view.buf)
+
+
+# -- failure detector -----------------------------------------------------------------------------------
+
+cdef class Occupancy:
+    """Load in flight by prefix class; the twin is OccupancyPy, the checks are FailureDetector's."""
+
+    cdef unique_ptr[COccupancy] core
+
+    def __cinit__(self, double confidence):
+        self.core.reset(new COccupancy(confidence))
+
+    @property
+    def load(self):
+        """The weight of all requests in flight."""
+        return self.core.get().load()
+
+    def nodes(self):
+        """Return how many classes have a request in flight."""
+        return self.core.get().nodes()
+
+    def examine(self, keys, matched, loads):
+        """Return depth, hash, load and holders of the class in alarm on this path, depth 0 for none."""
+        cdef Words path = words_of(keys), blocks = words_of(matched), load = words_of(loads)
+        cdef CClassFound found
+        if blocks.length() != load.length():
+            raise ValueError(f"{blocks.length()} matches need as many loads, got {load.length()}")
+        found = self.core.get().examine(
+            <const uint64_t*> path.view.buf, path.length(), <const int64_t*> blocks.view.buf,
+            <const int64_t*> load.view.buf, blocks.length())
+        return found.depth, found.hash, found.load, found.holders
+
+    def dispatch(self, keys, matched, loads, double weight):
+        """Count a request in; return its slot, what examine finds and the classes that left alarm."""
+        cdef Words path = words_of(keys), blocks = words_of(matched), load = words_of(loads)
+        cdef CClassFound found
+        cdef vector[uint64_t] released
+        cdef size_t slot
+        if blocks.length() != load.length():
+            raise ValueError(f"{blocks.length()} matches need as many loads, got {load.length()}")
+        slot = self.core.get().dispatch(
+            <const uint64_t*> path.view.buf, path.length(), <const int64_t*> blocks.view.buf,
+            <const int64_t*> load.view.buf, blocks.length(), weight, found, released)
+        return slot, (found.depth, found.hash, found.load, found.holders), released
+
+    def end(self, size_t slot):
+        """Count a request out; return the classes in alarm that have nobody in flight any more."""
+        cdef vector[uint64_t] released
+        self.core.get().end(slot, released)
+        return released

@@ -25,10 +25,15 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from mulsched._backend import BACKEND
 from mulsched._failure_paper import PaperDetector
-from mulsched._failure_py import OccupancyPy
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.indicators import Columns
+
+if BACKEND == "native":
+    from mulsched._native import Occupancy
+else:
+    from mulsched._failure_py import OccupancyPy as Occupancy
 
 __all__ = ["Alarm", "FailureDetector", "Mitigation", "Mode"]
 
@@ -108,7 +113,7 @@ class FailureDetector:
         self._by_tokens = weight == "tokens"
         self._on_alarm, self._on_release = on_alarm, on_release
         self._paper = PaperDetector(float(window_s)) if mode == "paper" else None
-        self._core = OccupancyPy(float(confidence))
+        self._core = Occupancy(float(confidence))
         self._slots: dict[Hashable, int] = {}
         self._alarms: dict[int, Alarm] = {}
         self._raised = 0
