@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mulsched._failure_py import prefix_hashes
+from mulsched._failure_py import Found, prefix_hashes
 from mulsched.indicators import Columns
 
 __all__ = ["CLASS_BLOCKS", "WATCHED", "WINDOW_REQUESTS", "PaperDetector"]
@@ -29,8 +29,6 @@ __all__ = ["CLASS_BLOCKS", "WATCHED", "WINDOW_REQUESTS", "PaperDetector"]
 CLASS_BLOCKS = 16  # 256 tokens: arbitrary, the length of a short system prompt
 WATCHED = 8  # arbitrary
 WINDOW_REQUESTS = 1000  # a minute at 17 requests/s: arbitrary
-
-_NOTHING = (0, 0, 0.0, 0)
 
 
 @dataclass(slots=True)
@@ -51,31 +49,31 @@ class PaperDetector:
         self._hits: Counter[int] = Counter()
         self._suspects: dict[int, _Suspect] = {}
 
-    def examine(self, columns: Columns) -> tuple[int, int, float, int]:
+    def examine(self, columns: Columns) -> Found | None:
         """Return blocks, hash, share and holders of the request's class if M is to be filtered out."""
         key, held = self._class(columns)
         if key is None:
-            return _NOTHING
+            return None
         suspect = self._suspects.get(key)
         if suspect is None or not suspect.filtered or not self._violates(key, held):
-            return _NOTHING
+            return None
         return self._found(key, held)
 
-    def dispatch(self, columns: Columns) -> tuple[tuple[int, int, float, int], list[int]]:
+    def dispatch(self, columns: Columns) -> tuple[Found | None, list[int]]:
         """Count an arrival; return what is to be filtered from now on, and the class that left alarm."""
         key, held = self._class(columns)
         self._count(columns.now, key, bool(held.any()))
         if key is None:
-            return _NOTHING, []
+            return None, []
         if key not in self._watched() or not self._violates(key, held):
             gone = self._suspects.pop(key, None)
-            return _NOTHING, [key] if gone is not None and gone.filtered else []
+            return None, [key] if gone is not None and gone.filtered else []
         suspect = self._suspects.setdefault(key, _Suspect())
         score = columns.p_tokens.astype(np.float64) * columns.batch_size
         suspect.in_a_row = suspect.in_a_row + 1 if score[held].min() <= score[~held].min() else 0
         if suspect.in_a_row > 2 * int(held.sum()):
             suspect.filtered = True
-        return (self._found(key, held) if suspect.filtered else _NOTHING), []
+        return (self._found(key, held) if suspect.filtered else None), []
 
     def _class(self, columns: Columns) -> tuple[int | None, NDArray[np.bool_]]:
         keys = columns.request.keys
@@ -112,5 +110,5 @@ class PaperDetector:
             return False
         return self._counts[key] * n > holders * len(self._arrivals)
 
-    def _found(self, key: int, held: NDArray[np.bool_]) -> tuple[int, int, float, int]:
+    def _found(self, key: int, held: NDArray[np.bool_]) -> Found:
         return CLASS_BLOCKS, key, self._counts[key] / len(self._arrivals), int(held.sum())

@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 from mulsched.types import Keys
 
-__all__ = ["OccupancyPy", "class_depths", "prefix_hashes"]
+__all__ = ["Found", "OccupancyPy", "class_depths", "prefix_hashes"]
+
+Found = tuple[int, int, float, int]
+"""A class in alarm: depth in blocks, hash, load in flight, holders."""
 
 _FACTOR = 0x9E3779B97F4A7C15  # odd, so that its powers never vanish modulo 2**64
 
@@ -72,36 +75,36 @@ class OccupancyPy:
         """Return how many classes have a request in flight."""
         return len(self._nodes)
 
-    def examine(
-        self, keys: Keys, matched: NDArray[np.int64], loads: NDArray[np.int64]
-    ) -> tuple[int, int, float, int]:
-        """Return depth, hash, load and holders of the class in alarm on this path, depth 0 for none."""
-        found = self._examine(keys, matched, loads)
-        return found[:4]
+    def examine(self, keys: Keys, table: NDArray[np.int64], loads: int) -> Found | None:
+        """Return the class in alarm on this path, None without one. Changes nothing.
+
+        ``table``: the columns of a decision; ``loads``: which of them is the load of an instance.
+        """
+        return self._examine(keys, table, loads)[0]
 
     def _examine(
-        self, keys: Keys, matched: NDArray[np.int64], loads: NDArray[np.int64]
-    ) -> tuple[int, int, float, int, list[int], list[int]]:
+        self, keys: Keys, table: NDArray[np.int64], loads: int
+    ) -> tuple[Found | None, list[int], list[int]]:
+        """Return the class with the widest excess, all hashes of the path and those in excess."""
+        matched, load = table[0], table[loads]
         depths = class_depths(len(keys))
         hashes = prefix_hashes(keys, depths)
-        n, everywhere = len(matched), float(loads.sum())
-        best = (0, 0, 0.0, 0)
+        n, everywhere = len(matched), float(load.sum())
+        best: Found | None = None
         widest = 0.0
-        over_now: list[int] = []
+        in_excess: list[int] = []
         for depth, key in zip(depths, hashes, strict=True):
             node = self._nodes.get(key)
-            if node is None:
-                break
             held = matched >= depth
             holders = int(held.sum())
-            if holders == 0:
+            if node is None or holders == 0:  # a class that nobody holds cannot herd, nor can a deeper one
                 break
-            excess = self._excess(node, holders, n, float(loads[held].sum()), everywhere)
+            excess = self._excess(node, holders, n, float(load[held].sum()), everywhere)
             if excess > 0:
-                over_now.append(key)
+                in_excess.append(key)
                 if excess >= widest:
                     widest, best = excess, (depth, key, node.load, holders)
-        return (*best, hashes, over_now)
+        return best, hashes, in_excess
 
     def _excess(self, node: _Node, holders: int, n: int, on_holders: float, everywhere: float) -> float:
         """Return by how much the holders carry more than their share, 0 if that may be chance."""
@@ -124,20 +127,20 @@ class OccupancyPy:
         return 0.0
 
     def dispatch(
-        self, keys: Keys, matched: NDArray[np.int64], loads: NDArray[np.int64], weight: float
-    ) -> tuple[int, tuple[int, int, float, int], list[int]]:
+        self, keys: Keys, table: NDArray[np.int64], loads: int, weight: float
+    ) -> tuple[int, Found | None, list[int]]:
         """Count a request in; return its slot, what ``examine`` finds and the classes that left alarm.
 
         The class that is found is in alarm from now on. O(blocks + log(blocks) * instances).
         """
-        *found, hashes, over_now = self._examine(keys, matched, loads)
+        found, hashes, in_excess = self._examine(keys, table, loads)
         released = []
         for key in hashes:
             node = self._nodes.get(key)
-            if node is not None and node.alarm and key not in over_now:
+            if node is not None and node.alarm and key not in in_excess:
                 node.alarm = False
                 released.append(key)
-        if found[0]:
+        if found is not None:
             self._nodes[found[1]].alarm = True
         for key in hashes:
             node = self._nodes.setdefault(key, _Node())
@@ -152,7 +155,7 @@ class OccupancyPy:
         else:
             slot = len(self._slots)
             self._slots.append((hashes, weight))
-        return slot, (found[0], found[1], found[2], found[3]), released
+        return slot, found, released
 
     def end(self, slot: int) -> list[int]:
         """Count a request out; return the classes that left alarm, having nobody in flight. O(log blocks)."""

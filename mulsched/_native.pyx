@@ -556,32 +556,38 @@ cdef class Occupancy:
         """Return how many classes have a request in flight."""
         return self.core.get().nodes()
 
-    def examine(self, keys, matched, loads):
+    def examine(self, keys, table, size_t loads):
         """Return depth, hash, load and holders of the class in alarm on this path, depth 0 for none."""
-        cdef Words path = words_of(keys), blocks = words_of(matched), load = words_of(loads)
+        cdef Words path = words_of(keys), columns = words_of(table, PyBUF_SIMPLE, 2)
+        cdef size_t n = <size_t> columns.view.shape[1]
+        cdef const int64_t* values = <const int64_t*> columns.view.buf
         cdef CClassFound found
-        if blocks.length() != load.length():
-            raise ValueError(f"{blocks.length()} matches need as many loads, got {load.length()}")
+        self.check(columns, loads)
         found = self.core.get().examine(
-            <const uint64_t*> path.view.buf, path.length(), <const int64_t*> blocks.view.buf,
-            <const int64_t*> load.view.buf, blocks.length())
-        return found.depth, found.hash, found.load, found.holders
+            <const uint64_t*> path.view.buf, path.length(), values, values + loads * n, n)
+        return None if found.depth == 0 else (found.depth, found.hash, found.load, found.holders)
 
-    def dispatch(self, keys, matched, loads, double weight):
+    def dispatch(self, keys, table, size_t loads, double weight):
         """Count a request in; return its slot, what examine finds and the classes that left alarm."""
-        cdef Words path = words_of(keys), blocks = words_of(matched), load = words_of(loads)
+        cdef Words path = words_of(keys), columns = words_of(table, PyBUF_SIMPLE, 2)
+        cdef size_t n = <size_t> columns.view.shape[1]
+        cdef const int64_t* values = <const int64_t*> columns.view.buf
         cdef CClassFound found
         cdef vector[uint64_t] released
         cdef size_t slot
-        if blocks.length() != load.length():
-            raise ValueError(f"{blocks.length()} matches need as many loads, got {load.length()}")
+        self.check(columns, loads)
         slot = self.core.get().dispatch(
-            <const uint64_t*> path.view.buf, path.length(), <const int64_t*> blocks.view.buf,
-            <const int64_t*> load.view.buf, blocks.length(), weight, found, released)
-        return slot, (found.depth, found.hash, found.load, found.holders), released
+            <const uint64_t*> path.view.buf, path.length(), values, values + loads * n, n, weight, found, released)
+        return (slot, None if found.depth == 0 else (found.depth, found.hash, found.load, found.holders),
+                released if released.size() > 0 else ())
+
+    cdef int check(self, Words columns, size_t loads) except -1:
+        if columns.length() != kColumns or loads >= kColumns:
+            raise ValueError(f"{kColumns} columns expected, got {columns.length()} and loads in {loads}")
+        return 0
 
     def end(self, size_t slot):
         """Count a request out; return the classes in alarm that have nobody in flight any more."""
         cdef vector[uint64_t] released
         self.core.get().end(slot, released)
-        return released
+        return released if released.size() > 0 else ()

@@ -18,7 +18,7 @@ with H the load on the holders, T on all candidates, Q the sum of squares of eve
 confidence. It ends when neither excess is above 0, with M as of then, or with the last request of the class.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 
 from mulsched._backend import BACKEND
 from mulsched._failure_paper import PaperDetector
+from mulsched._failure_py import Found
 from mulsched.errors import InvalidArgument, InvalidType
-from mulsched.indicators import Columns
+from mulsched.indicators import COLUMNS, Columns
 
 if BACKEND == "native":
     from mulsched._native import Occupancy
@@ -111,6 +112,8 @@ class FailureDetector:
         self.mode: Mode = mode
         self.mitigation: Mitigation = mitigation or ("exclude" if mode == "paper" else "spread")
         self._by_tokens = weight == "tokens"
+        # batch sizes count the request to come on every candidate, which weighs nothing in a comparison
+        self._loads = COLUMNS.index("context_tokens" if self._by_tokens else "batch_size")
         self._on_alarm, self._on_release = on_alarm, on_release
         self._paper = PaperDetector(float(window_s)) if mode == "paper" else None
         self._core = Occupancy(float(confidence))
@@ -135,8 +138,8 @@ class FailureDetector:
         if self._paper is not None:
             found = self._paper.examine(columns)
         else:
-            found = self._core.examine(columns.request.keys, columns.matched_blocks, self._loads(columns))
-        if not found[0]:
+            found = self._core.examine(columns.request.keys, columns.table, self._loads)
+        if found is None:
             return None
         alarm = self._alarms.get(found[1]) or self._alarm(columns, found)
         return self._mask(columns, columns.matched_blocks >= found[0]), alarm
@@ -148,10 +151,11 @@ class FailureDetector:
         else:
             weight = float(columns.request.prompt_tokens) if self._by_tokens else 1.0
             self._slots[request_id], found, released = self._core.dispatch(
-                columns.request.keys, columns.matched_blocks, self._loads(columns), weight
+                columns.request.keys, columns.table, self._loads, weight
             )
-        self._release(released)
-        if found[0] and found[1] not in self._alarms:
+        if released:
+            self._release(released)
+        if found is not None and found[1] not in self._alarms:
             alarm = self._alarm(columns, found)
             self._alarms[alarm.class_hash] = alarm
             self._raised += 1
@@ -162,18 +166,17 @@ class FailureDetector:
         """Count a request out. One that was never counted in is ignored."""
         slot = self._slots.pop(request_id, None)
         if slot is not None:
-            self._release(self._core.end(slot))
+            released = self._core.end(slot)
+            if released:
+                self._release(released)
 
-    def _loads(self, columns: Columns) -> NDArray[np.int64]:
-        return columns.context_tokens if self._by_tokens else columns.batch_size - 1
-
-    def _release(self, hashes: list[int]) -> None:
+    def _release(self, hashes: Sequence[int]) -> None:
         for key in hashes:
             alarm = self._alarms.pop(key)
             if self._on_release is not None:
                 self._on_release(alarm)
 
-    def _alarm(self, columns: Columns, found: tuple[int, int, float, int]) -> Alarm:
+    def _alarm(self, columns: Columns, found: Found) -> Alarm:
         depth, key, load, holders = found
         total = 1.0 if self._paper is not None else self._core.load
         share = load / total

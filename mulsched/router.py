@@ -436,12 +436,12 @@ class Router:
         booking = Booking(row, decision.new_prefill_tokens, request.prompt_tokens, request.keys, now)
         if self._policy.on_dispatch is not None:  # first: if it raises, nothing is booked
             self._policy.on_dispatch(decision.columns, decision.position)
-        if self._detector is not None:
-            self._detector.dispatch(decision.columns, request_id)
         self._load.dispatch(request_id, booking, decision=self._decision)
         self._decision += 1
         if self._in_flight is not None:
             self._in_flight.store(decision.instance, request.keys)
+        if self._detector is not None:  # last: if a callback raises, the request is booked
+            self._detector.dispatch(decision.columns, request_id)
 
     # -- the life of a request ---------------------------------------------------------------------
 
