@@ -11,8 +11,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <unordered_map>
 #include <vector>
+
+#include "flat_map.hpp"
 
 namespace mulsched {
 
@@ -29,47 +30,49 @@ class Occupancy {
   explicit Occupancy(double confidence) noexcept : confidence_(confidence) {}
 
   double load() const noexcept { return load_; }
-  std::size_t nodes() const noexcept { return nodes_.size(); }
+  std::size_t nodes() const noexcept { return index_.size(); }
 
-  // keys: n_keys of the prompt; matched, loads: n candidates. Changes no state that can be seen.
+  // keys: n_keys of the prompt; matched, loads: n candidates. Changes no state that can be seen, and keeps what
+  // it found for the dispatch that follows.
   ClassFound examine(const std::uint64_t* keys, std::size_t n_keys, const std::int64_t* matched,
                      const std::int64_t* loads, std::size_t n) {
-    ClassFound best;
+    last_ = {changes_, keys, matched, n_keys, n, {}};
+    hash_classes(keys, n_keys);
+    in_excess_.clear();
     double widest = 0, everywhere = 0;
-    std::int64_t longest = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-      everywhere += static_cast<double>(loads[i]);
-      longest = std::max(longest, matched[i]);
-    }
-    over_.clear();
-    Path path(keys, n_keys);
-    // a class that nobody holds cannot herd, nor can a deeper one
-    while (path.next() && static_cast<std::int64_t>(path.depth()) <= longest) {
-      const auto found = nodes_.find(path.hash());
-      if (found == nodes_.end()) break;
+    for (std::size_t i = 0; i < n; ++i) everywhere += static_cast<double>(loads[i]);
+    for (std::size_t c = 0; c < hashes_.size(); ++c) {
+      const std::uint32_t at = index_.find(hashes_[c]);
+      if (at == FlatMap::kAbsent) break;
+      const Node& node = nodes_[at];
+      const auto depth = static_cast<std::int64_t>(depths_[c]);
       std::int64_t holders = 0;
       double on_holders = 0;
       for (std::size_t i = 0; i < n; ++i) {
-        if (matched[i] < static_cast<std::int64_t>(path.depth())) continue;
-        ++holders;
-        on_holders += static_cast<double>(loads[i]);
+        holders += matched[i] >= depth;
+        on_holders += matched[i] >= depth ? static_cast<double>(loads[i]) : 0.0;
       }
-      const Node& node = found->second;
+      if (holders == 0) break;  // a class that nobody holds cannot herd, nor can a deeper one
       const double excess = excess_of(node, holders, static_cast<std::int64_t>(n), on_holders, everywhere);
       if (excess <= 0) continue;
-      over_.push_back(path.hash());
+      in_excess_.push_back(hashes_[c]);
       if (excess < widest) continue;
       widest = excess;
-      best = {static_cast<std::int64_t>(path.depth()), path.hash(), node.load, holders};
+      last_.found = {depth, hashes_[c], node.load, holders};
     }
-    return best;
+    return last_.found;
   }
 
   // Counts a request in and returns its slot; released gets the classes that left alarm.
   std::size_t dispatch(const std::uint64_t* keys, std::size_t n_keys, const std::int64_t* matched,
                        const std::int64_t* loads, std::size_t n, double weight, ClassFound& found,
                        std::vector<std::uint64_t>& released) {
-    found = examine(keys, n_keys, matched, loads, n);
+    // The caller still has the arrays of the decision, so the same addresses mean the same values.
+    if (last_.changes != changes_ || last_.keys != keys || last_.matched != matched || last_.n_keys != n_keys ||
+        last_.n != n)
+      examine(keys, n_keys, matched, loads, n);
+    ++changes_;
+    found = last_.found;
     std::size_t slot = slots_.size();
     if (free_.empty()) {
       slots_.emplace_back();
@@ -77,20 +80,18 @@ class Occupancy {
       slot = free_.back();
       free_.pop_back();
     }
-    Slot& own = slots_[slot];
-    own.weight = weight;
-    Path path(keys, n_keys);
-    while (path.next()) {
-      Node& node = nodes_[path.hash()];
-      if (node.alarm && std::find(over_.begin(), over_.end(), path.hash()) == over_.end()) {
+    slots_[slot].weight = weight;
+    slots_[slot].hashes = hashes_;
+    for (const std::uint64_t hash : hashes_) {
+      Node& node = node_of(hash);
+      if (node.alarm && std::find(in_excess_.begin(), in_excess_.end(), hash) == in_excess_.end()) {
         node.alarm = false;
-        released.push_back(path.hash());
+        released.push_back(hash);
       }
-      if (found.depth == static_cast<std::int64_t>(path.depth())) node.alarm = true;
+      if (found.depth > 0 && found.hash == hash) node.alarm = true;
       ++node.requests;
       node.load += weight;
       node.squares += weight * weight;
-      own.hashes.push_back(path.hash());
     }
     load_ += weight;
     squares_ += weight * weight;
@@ -102,14 +103,16 @@ class Occupancy {
     Slot& own = slots_[slot];
     load_ -= own.weight;
     squares_ -= own.weight * own.weight;
+    ++changes_;
     for (const std::uint64_t hash : own.hashes) {
-      const auto found = nodes_.find(hash);
-      Node& node = found->second;
+      const std::uint32_t at = index_.find(hash);
+      Node& node = nodes_[at];
       node.load -= own.weight;
       node.squares -= own.weight * own.weight;
       if (--node.requests > 0) continue;
       if (node.alarm) released.push_back(hash);
-      nodes_.erase(found);
+      index_.erase(hash);
+      free_nodes_.push_back(at);
     }
     own.hashes.clear();  // keeps its memory for the next request
     free_.push_back(slot);
@@ -126,35 +129,54 @@ class Occupancy {
     double weight = 0;
   };
 
-  // Walks the classes of a path: prefixes of 1, 2, 3, 4, 6, 8, 12, ... blocks. The hash is a polynomial in the
-  // keys, which are hashes already, each position with its own odd factor.
-  class Path {
-   public:
-    Path(const std::uint64_t* keys, std::size_t n) noexcept : keys_(keys), n_(n) {}
-    bool next() noexcept {
-      const std::size_t to = depth_ < 3 ? depth_ + 1 : depth_ + step();
-      if (to > n_) return false;
-      for (; depth_ < to; ++depth_) {
-        power_ *= kFactor;
-        sum_ += keys_[depth_] * power_;
-      }
-      return true;
-    }
-    std::size_t depth() const noexcept { return depth_; }
-    std::uint64_t hash() const noexcept { return sum_ ^ depth_; }
-
-   private:
-    static constexpr std::uint64_t kFactor = 0x9E3779B97F4A7C15;
-    // half of a power of two from it to three halves of it, and from there to the next power
-    std::size_t step() const noexcept {
-      std::size_t power = 1;
-      while (power * 2 <= depth_) power *= 2;
-      return power / 2;
-    }
-    const std::uint64_t* keys_;
-    std::size_t n_, depth_ = 0;
-    std::uint64_t sum_ = 0, power_ = 1;
+  // What examine was asked last, and found.
+  struct Last {
+    std::uint64_t changes = 0;
+    const std::uint64_t* keys = nullptr;
+    const std::int64_t* matched = nullptr;
+    std::size_t n_keys = 0, n = 0;
+    ClassFound found;
   };
+
+  Node& node_of(std::uint64_t hash) {
+    std::uint32_t at = index_.find(hash);
+    if (at != FlatMap::kAbsent) return nodes_[at];
+    if (free_nodes_.empty()) {
+      at = static_cast<std::uint32_t>(nodes_.size());
+      nodes_.emplace_back();
+    } else {
+      at = free_nodes_.back();
+      free_nodes_.pop_back();
+      nodes_[at] = {};
+    }
+    index_.set(hash, at);
+    return nodes_[at];
+  }
+
+  // Fills depths_ and hashes_ with the classes of a path: prefixes of 1, 2, 3, 4, 6, 8, 12, ... blocks. A hash
+  // is a polynomial in the keys, which are hashes already, so that each position has its own odd factor.
+  void hash_classes(const std::uint64_t* keys, std::size_t n) {
+    constexpr std::uint64_t k1 = 0x9E3779B97F4A7C15, k2 = k1 * k1, k3 = k2 * k1, k4 = k3 * k1;
+    depths_.clear();
+    hashes_.clear();
+    std::uint64_t sum = 0, power = 1;
+    std::size_t at = 0;
+    for (std::size_t to = 1, next = 2; to <= n;) {
+      for (; at + 4 <= to; at += 4) {  // four at a time: their products do not wait for each other
+        sum += power * (keys[at] * k1 + keys[at + 1] * k2 + keys[at + 2] * k3 + keys[at + 3] * k4);
+        power *= k4;
+      }
+      for (; at < to; ++at) {
+        power *= k1;
+        sum += keys[at] * power;
+      }
+      depths_.push_back(to);
+      hashes_.push_back(sum ^ to);
+      const std::size_t after = to < 3 ? to + 2 : 2 * to;  // two depths an octave
+      to = next;
+      next = after;
+    }
+  }
 
   // By how much the holders carry more than their share; 0 if that may be chance.
   double excess_of(const Node& node, std::int64_t holders, std::int64_t n, double on_holders,
@@ -172,10 +194,15 @@ class Occupancy {
 
   double confidence_;
   double load_ = 0, squares_ = 0;
-  std::unordered_map<std::uint64_t, Node> nodes_;
+  std::uint64_t changes_ = 1;  // dispatches and ends
+  FlatMap index_;              // from hash to node
+  std::vector<Node> nodes_;
+  std::vector<std::uint32_t> free_nodes_;
   std::vector<Slot> slots_;
   std::vector<std::size_t> free_;
-  std::vector<std::uint64_t> over_;  // classes over their share on the path examined last
+  Last last_;
+  std::vector<std::size_t> depths_;  // of the path examined last, with hashes_ and the classes in excess
+  std::vector<std::uint64_t> hashes_, in_excess_;
 };
 
 }  // namespace mulsched

@@ -126,6 +126,11 @@ class FailureDetector:
         """How many alarms there have been."""
         return self._raised
 
+    @property
+    def classes(self) -> int:
+        """How many classes have a request in flight: entries of the state."""
+        return self._core.nodes()
+
     def alarms(self) -> Iterator[Alarm]:
         """Iterate over the alarms in force, the oldest first."""
         return iter(tuple(self._alarms.values()))
