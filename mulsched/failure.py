@@ -34,7 +34,7 @@ from mulsched.indicators import COLUMNS, Columns
 if BACKEND == "native":
     from mulsched._native import Occupancy
 else:
-    from mulsched._failure_py import OccupancyPy as Occupancy
+    from mulsched._failure_py import OccupancyPy as Occupancy  # type: ignore[assignment]
 
 __all__ = ["Alarm", "FailureDetector", "Mitigation", "Mode"]
 
@@ -151,6 +151,7 @@ class FailureDetector:
 
     def dispatch(self, columns: Columns, request_id: Hashable) -> None:
         """Count a request in that was decided from ``columns``; start and end alarms."""
+        released: Sequence[int]
         if self._paper is not None:
             found, released = self._paper.dispatch(columns)
         else:
@@ -206,5 +207,5 @@ class FailureDetector:
             fewest: NDArray[np.bool_] = batch == batch.min()
             return fewest
         # a holder at the mean or below stays: replicas appear only as fast as holders are overloaded
-        crowded = batch * len(columns) > batch.sum()
+        crowded: NDArray[np.bool_] = batch * len(columns) > batch.sum()
         return ~(held & crowded)

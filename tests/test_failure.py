@@ -1,5 +1,7 @@
 """The failure detector: shares of what is in flight, alarms, masks, the paper's phases, parity of the twins."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from backends import BACKENDS
@@ -318,7 +320,7 @@ PATHS = st.lists(st.integers(0, 1), max_size=9)
 
 def test_depths_grow_by_half_an_octave_at_most():
     depths = class_depths(10_000)
-    assert all(b <= max(a + 1, 1.5 * a) for a, b in zip(depths, depths[1:], strict=False))
+    assert all(b <= max(a + 1, 1.5 * a) for a, b in pairwise(depths))
 
 
 @given(n=st.integers(0, 300), more=st.integers(0, 50))

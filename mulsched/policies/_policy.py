@@ -45,8 +45,9 @@ class Policy:
 
     ``on_dispatch(columns, position)`` is told of every booked decision, with all the candidates'
     columns and the position of the chosen one in them. A policy that keeps state keeps it there; scores
-    and filters only read. ``detector`` masks candidates before the filters while an alarm is in force for the
-    request; the router tells it of dispatches and ends. ``source`` says where the rule is from. Raises InvalidType, InvalidArgument.
+    and filters only read. ``detector`` masks candidates before the filters while an alarm is in force for
+    the request; the router tells it of dispatches and ends. ``source`` says where the rule is from.
+    Raises InvalidType, InvalidArgument.
     """
 
     name: str
