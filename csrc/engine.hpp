@@ -26,6 +26,7 @@ struct StepLoad {
   double prefix_tokens;  // mean context before new tokens
   std::int64_t decode_batch;
   double decode_context;  // mean
+  double pair_prefix_tokens;  // one prompt with it attends to as many pairs: new * (prefix + new / 2)
 };
 
 class Engine {
@@ -42,23 +43,27 @@ class Engine {
     Key parent;
   };
 
-  explicit Engine(const EngineLimits& limits)
+  // every_copy: changes() tell of every copy that is cached or evicted, as KV events do, or else only of the
+  // first and the last of a key.
+  explicit Engine(const EngineLimits& limits, bool every_copy = true)
       : limits_(limits),
-        pool_(static_cast<BlockPool::Id>(limits.kv_blocks)),
+        pool_(static_cast<BlockPool::Id>(limits.kv_blocks), every_copy),
         due_(static_cast<std::size_t>(limits.block_size)) {}
 
   bool stepping() const noexcept { return stepping_; }
   std::int64_t preemptions() const noexcept { return preemptions_; }
+  std::int64_t n_cached() const noexcept { return pool_.n_cached(); }  // by key
   std::vector<Key> cached_keys() const {
     std::vector<Key> keys;
     pool_.for_each_key([&keys](Key key) { keys.push_back(key); });
     return keys;
   }
 
-  // keys: of the prompt's full blocks and, as far as known, of those that the answer fills. KV of the first
+  // keys: of the prompt's full blocks and, as far as known, of those that the answer fills. Only the first
+  // n_shared may be those of another request too, and only these are told in changes(). KV of the first
   // transferred tokens comes from elsewhere.
-  void submit(std::int64_t request, const Key* keys, std::size_t n_keys, std::int64_t prompt_tokens,
-              std::int64_t output_tokens, std::int64_t transferred_tokens) {
+  void submit(std::int64_t request, const Key* keys, std::size_t n_keys, std::size_t n_shared,
+              std::int64_t prompt_tokens, std::int64_t output_tokens, std::int64_t transferred_tokens) {
     Sequence* added = nullptr;
     if (unused_.empty()) {
       added = &sequences_.emplace_back();
@@ -69,6 +74,7 @@ class Engine {
     Sequence& s = *added;
     s.request = request;
     s.keys.assign(keys, keys + n_keys);
+    s.shared = n_shared;
     s.prompt = s.target = prompt_tokens;
     s.output = output_tokens;
     s.transferred = transferred_tokens;
@@ -82,11 +88,12 @@ class Engine {
   bool start_step(StepLoad& load) {
     bool preempted = schedule_decode();
     std::int64_t budget = limits_.max_batched_tokens - decoding_;
-    load = {0, 0.0, decoding_, 0.0};
-    std::int64_t prefix_sum = 0;
+    load = {0, 0.0, decoding_, 0.0, 0.0};
+    std::int64_t prefix_sum = 0, twice_pairs = 0;
     const auto compute = [&](Sequence& s, std::int64_t tokens) {
       load.new_tokens += tokens;
       prefix_sum += tokens * s.computed;
+      twice_pairs += tokens * (2 * s.computed + tokens);
       budget -= tokens;
     };
     if (partial_ != nullptr) {
@@ -104,7 +111,11 @@ class Engine {
       if (tokens == 0) break;
       compute(s, tokens);
     }
-    if (load.new_tokens > 0) load.prefix_tokens = static_cast<double>(prefix_sum) / static_cast<double>(load.new_tokens);
+    if (load.new_tokens > 0) {
+      const auto fresh = static_cast<double>(load.new_tokens);
+      load.prefix_tokens = static_cast<double>(prefix_sum) / fresh;
+      load.pair_prefix_tokens = static_cast<double>(twice_pairs) / (2 * fresh) - fresh / 2;
+    }
     if (decoding_ > 0) load.decode_context = static_cast<double>(decode_context_) / static_cast<double>(decoding_);
     decoded_ = decoding_ > 0;
     stepping_ = decoded_ || load.new_tokens > 0;
@@ -180,6 +191,7 @@ class Engine {
     std::int64_t joined = -1;    // tick at which decoding began, -1 while not decoding
     std::int64_t join = 0;       // number of that beginning: in the order of admission
     std::size_t registered = 0;  // leading blocks that are cached under their keys
+    std::size_t shared = 0;      // leading keys under which other blocks may be found
     std::vector<Key> keys;
     std::vector<BlockPool::Id> blocks;
     Sequence *prev = nullptr, *next = nullptr;  // in the order of admission
@@ -221,7 +233,7 @@ class Engine {
 
   // Admits the head of the waiting queue with its cached prefix; its first chunk, 0 if there is no room.
   std::int64_t admit(Sequence& s, std::int64_t budget) {
-    const auto most = std::min(s.keys.size(), static_cast<std::size_t>((s.target - 1) / limits_.block_size));
+    const auto most = std::min(s.shared, static_cast<std::size_t>((s.target - 1) / limits_.block_size));
     hits_.clear();
     std::int64_t idle = 0;
     while (hits_.size() < most) {
@@ -301,6 +313,8 @@ class Engine {
     ++preemptions_;
     if (s->joined >= 0) leave_decode(*s);
     if (partial_ == s) partial_ = nullptr;
+    for (; s->shared < s->registered; ++s->shared) pool_.cache(s->blocks[s->shared], s->keys[s->shared]);
+    s->shared = s->keys.size();  // it may come back to all that it has computed
     leave_running(*s);
     s->target = s->prompt + s->generated;
     s->computed = s->transferred = 0;
@@ -313,7 +327,10 @@ class Engine {
     (s.next == nullptr ? last_ : s.next->prev) = s.prev;
     --n_running_;
     // the tail first, so that it is evicted before what others may share
-    for (std::size_t i = s.blocks.size(); i-- > 0;) pool_.release(s.blocks[i]);
+    for (std::size_t i = s.blocks.size(); i-- > 0;) {
+      if (i >= kAhead) pool_.prefetch(s.blocks[i - kAhead]);
+      pool_.release(s.blocks[i]);
+    }
     s.blocks.clear();
   }
 
@@ -321,27 +338,28 @@ class Engine {
   void register_full(Sequence& s, std::int64_t tokens) {
     const auto full = std::min(static_cast<std::size_t>(tokens / limits_.block_size), s.keys.size());
     if (full <= s.registered) return;
-    for (std::size_t i = s.registered; i < full; ++i) {
-      if (i + kAhead < full) pool_.prefetch(s.keys[i + kAhead]);
-      pool_.cache(s.blocks[i], s.keys[i]);
-    }
     flush_evicted();
+    const std::size_t begin = change_keys_.size(), shared = std::min(full, s.shared);
     const bool has_parent = s.registered > 0;
-    append_change(s.keys.data() + s.registered, full - s.registered, true, has_parent,
-                  has_parent ? s.keys[s.registered - 1] : 0);
-    s.registered = full;
+    const Key parent = has_parent ? s.keys[s.registered - 1] : 0;
+    for (; s.registered < shared; ++s.registered) {
+      if (s.registered + kAhead < shared) pool_.prefetch(s.keys[s.registered + kAhead]);
+      if (pool_.cache(s.blocks[s.registered], s.keys[s.registered])) change_keys_.push_back(s.keys[s.registered]);
+    }
+    for (; s.registered < full; ++s.registered) pool_.cache_alone(s.blocks[s.registered]);
+    add_change(begin, true, has_parent, parent);
   }
 
   void flush_evicted() {
     if (evicted_.empty()) return;
-    append_change(evicted_.data(), evicted_.size(), false, false, 0);
+    const std::size_t begin = change_keys_.size();
+    change_keys_.insert(change_keys_.end(), evicted_.begin(), evicted_.end());
     evicted_.clear();
+    add_change(begin, false, false, 0);
   }
 
-  void append_change(const Key* keys, std::size_t n, bool stored, bool has_parent, Key parent) {
-    const std::size_t begin = change_keys_.size();
-    change_keys_.insert(change_keys_.end(), keys, keys + n);
-    changes_.push_back({begin, begin + n, stored, has_parent, parent});
+  void add_change(std::size_t begin, bool stored, bool has_parent, Key parent) {
+    if (change_keys_.size() > begin) changes_.push_back({begin, change_keys_.size(), stored, has_parent, parent});
   }
 
   EngineLimits limits_;

@@ -70,10 +70,11 @@ class PrefixIndex {
     return newly;
   }
 
-  // has_parent false: the blocks start the prompt. A hash that names the very block already names a copy more.
+  // has_parent false: the blocks start the prompt. A hash that names the very block already names a copy more,
+  // unless counts_copies is false.
   // O(D + W) amortised.
   std::int64_t store_named(Row row, bool has_parent, std::uint64_t parent, const std::uint64_t* hashes,
-                           const Key* keys, std::size_t n_keys) {
+                           const Key* keys, std::size_t n_keys, bool counts_copies = true) {
     const std::unique_lock lock(mutex_);
     state(row);
     Change change(broken_);
@@ -87,7 +88,7 @@ class PrefixIndex {
     }
     const std::int64_t newly = claim_names(row, hashes, n_keys)
                                    ? store_new_names(row, node, offset, hashes, keys, n_keys)
-                                   : store_one_by_one(row, node, offset, hashes, keys, n_keys);
+                                   : store_one_by_one(row, node, offset, hashes, keys, n_keys, counts_copies);
     tree_.settle();
     return newly;
   }
@@ -367,7 +368,7 @@ class PrefixIndex {
 
   // The general case: a name may be here already, or move here from another block, even one of this path.
   std::int64_t store_one_by_one(Row row, NodeId node, std::uint32_t offset, const std::uint64_t* hashes,
-                                const Key* keys, std::size_t n_keys) {
+                                const Key* keys, std::size_t n_keys, bool counts_copies) {
     std::int64_t newly = 0;
     for (std::size_t i = 0; i < n_keys; ++i) {
       segments_.clear();
@@ -377,7 +378,7 @@ class PrefixIndex {
       const BlockId block = tree_.node(segment.node).ids[segment.from];
       const BlockId old = state(row).names.find(hashes[i]);
       if (old == block) {
-        add_one(state(row).extra_copies, hashes[i]);
+        if (counts_copies) add_one(state(row).extra_copies, hashes[i]);
       } else {
         name(row, hashes[i], block, segment.held_before);
         if (old != FlatMap::kAbsent) {

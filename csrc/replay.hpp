@@ -10,37 +10,10 @@
 #include <vector>
 
 #include "engine.hpp"
-#include "select.hpp"
 #include "step_time.hpp"
+#include "trace_blocks.hpp"
 
 namespace mulsched {
-
-// Columns of a trace of n requests; see mulsched.replay.Trace. Each block is cut into `parts`.
-struct TraceView {
-  std::int64_t n, parts;
-  const double *arrival_s, *think_s;
-  const std::int64_t *prompt_tokens, *output_tokens, *run_start, *run_length, *run_offset;
-  const std::int64_t* follows;  // -1, or in a closed loop the request whose end this one waits for
-};
-
-// Writes the keys of request i's full blocks, prompt and answer; returns how many are the prompt's.
-inline std::size_t request_keys(const TraceView& trace, std::int64_t i, std::int64_t block_size, std::vector<Key>& keys) {
-  constexpr Key kPrivate = Key{1} << 63, kAnswer = Key{3} << 62;
-  const std::int64_t prompt = trace.prompt_tokens[i];
-  const auto n_prompt = static_cast<std::size_t>(prompt / block_size);
-  const auto n_all = static_cast<std::size_t>((prompt + trace.output_tokens[i] - 1) / block_size);
-  keys.resize(std::max(n_prompt, n_all));
-  std::size_t at = 0;
-  for (std::int64_t run = trace.run_offset[i]; run < trace.run_offset[i + 1]; ++run) {
-    auto id = static_cast<Key>(trace.run_start[run] * trace.parts);
-    for (std::int64_t left = trace.run_length[run] * trace.parts; left > 0 && at < n_prompt; --left) keys[at++] = id++;
-  }
-  const Key owner = static_cast<Key>(i) << 24;
-  for (Key next = 0; at < n_prompt; ++at, ++next) keys[at] = kPrivate | owner | next;
-  for (; at < n_all; ++at) keys[at] = kAnswer | owner | at;
-  for (Key& key : keys) key = split_mix(key);
-  return n_prompt;
-}
 
 struct ReplayOptions {
   std::int64_t block_size;
@@ -64,6 +37,7 @@ struct Pool {
   Ties ties;
   bool tell_ends = false;  // the policy keeps account of requests
   PrefixIndex index;
+  HolderMasks masks;  // in place of the index, if the replay is masked
   std::vector<Engine> engines;
   std::vector<std::int64_t> load, rows, table;
   std::vector<double> scores;
@@ -95,6 +69,10 @@ class Replay {
     // Without these an engine hears of nothing but arrivals, and nothing but arrivals hears of it.
     run_ahead_ = options.prefill_instances == 0 && options.state_delay_s == 0 &&
                  std::all_of(trace.follows, trace.follows + trace.n, [](std::int64_t i) { return i < 0; });
+    // What is told comes at once and whole, so what the router knows is what engines held at their last end of a step.
+    masked_ = !options.predicted && options.state_delay_s == 0 && options.event_loss_ratio == 0 &&
+              std::max(options.prefill_instances, options.decode_instances) <= static_cast<std::int64_t>(HolderMasks::kMaxRows) &&
+              shared_.number(trace, options.block_size);
     if (options.prefill_instances > 0) add_pool(options.prefill_instances, limits);
     add_pool(options.decode_instances, limits);
     const auto n = static_cast<std::size_t>(trace.n);
@@ -177,8 +155,9 @@ class Replay {
     pool.scores.resize(size);
     pool.messages.assign(size, 0);
     pool.booked_new.resize(static_cast<std::size_t>(trace_.n));
+    if (masked_) pool.masks.resize(shared_.size(trace_), size);
     for (std::size_t row = 0; row < size; ++row) {
-      pool.engines.emplace_back(limits);
+      pool.engines.emplace_back(limits, !masked_);
       pool.rows.push_back(static_cast<std::int64_t>(row));
       pool.index.add_row(static_cast<Row>(row), options_.predicted ? limits.kv_blocks : kUnbounded, !options_.predicted);
     }
@@ -207,14 +186,22 @@ class Replay {
   bool route(std::size_t p, std::int64_t i, double now) {
     Pool& pool = pools_[p];
     const std::int64_t prompt = trace_.prompt_tokens[i];
-    const std::size_t n_prompt = request_keys(trace_, i, options_.block_size, keys_);
-    fill_columns(pool.index, nullptr, keys_.data(), n_prompt, prompt, options_.block_size, pool.rows.data(),
-                 pool.rows.size(), pool.view(), pool.table.data());
+    const RequestBlocks blocks = masked_ ? shared_.keys(trace_, i, options_.block_size, keys_)
+                                         : request_keys(trace_, i, options_.block_size, keys_);
+    const auto fill = [&](const auto& index, std::size_t n_keys) {
+      fill_columns(index, nullptr, keys_.data(), n_keys, prompt, options_.block_size, pool.rows.data(),
+                   pool.rows.size(), pool.view(), pool.table.data());
+    };
+    if (masked_) {
+      fill(pool.masks, blocks.n_shared);
+    } else {
+      fill(pool.index, blocks.n_prompt);
+    }
     std::int64_t chosen = kNotFinite;
     if (!pool.score.columns.empty())
       chosen = score_and_pick(pool.score, pool.ties, options_.seed, pool.decisions, pool.rows.data(),
                               pool.table.data(), pool.rows.size(), pool.scores.data());
-    if (chosen < 0) chosen = host_.choose(p, i, now, keys_.data(), n_prompt, pool);
+    if (chosen < 0) chosen = ask(p, i, blocks.n_prompt, now);
     if (chosen < 0) return false;
     const auto row = static_cast<std::size_t>(chosen);
     const std::int64_t fresh = pool.table[kNewPrefillTokens * pool.rows.size() + row];
@@ -231,10 +218,16 @@ class Replay {
     if (last) records_.decode_instance[i] = pool.first + chosen;
     Engine& engine = pool.engines[row];
     // the prefill side makes one token and keeps the prompt's blocks only
-    engine.submit(i, keys_.data(), last ? keys_.size() : n_prompt, prompt, last ? trace_.output_tokens[i] : 1,
-                  p > 0 ? prompt : 0);
+    const std::size_t n_keys = last ? blocks.n_all : blocks.n_prompt;
+    engine.submit(i, keys_.data(), n_keys, std::min(n_keys, blocks.n_shared), prompt,
+                  last ? trace_.output_tokens[i] : 1, p > 0 ? prompt : 0);
     if (!engine.stepping()) start_step(p, row, now);
     return true;
+  }
+
+  std::int64_t ask(std::size_t p, std::int64_t i, std::size_t n_prompt, double now) {
+    if (masked_) request_keys(trace_, i, options_.block_size, asked_keys_);
+    return host_.choose(p, i, now, (masked_ ? asked_keys_ : keys_).data(), n_prompt, pools_[p]);
   }
 
   // Starts a step and plans its end.
@@ -260,7 +253,11 @@ class Replay {
     first_tokens_.clear();
     ended_.clear();
     engine.end_step(first_tokens_, ended_);
-    if (!options_.predicted) tell_changes(p, row, now, engine);
+    if (masked_) {
+      mark_changes(pools_[p].masks, row, engine);
+    } else if (!options_.predicted) {
+      tell_changes(p, row, now, engine);
+    }
     engine.clear_changes();
     const bool last = p + 1 == pools_.size();
     for (const Engine::FirstToken& first : first_tokens_) {
@@ -279,6 +276,19 @@ class Replay {
       for (std::int64_t f = followed_by_[static_cast<std::size_t>(i)]; f != kNobody; f = next_sibling_[static_cast<std::size_t>(f)])
         plan(now + trace_.think_s[f], kArrival, f, 0);
     }
+  }
+
+  void mark_changes(HolderMasks& masks, std::size_t row, Engine& engine) {
+    for (const Engine::Change& change : engine.changes()) {
+      for (const Key* key = engine.change_keys() + change.begin; key != engine.change_keys() + change.end; ++key) {
+        if (change.stored) {
+          masks.set(row, *key);
+        } else {
+          masks.unset(row, *key);
+        }
+      }
+    }
+    masks.count(row, engine.n_cached());
   }
 
   // A step's changes travel in one message, which may be lost.
@@ -339,7 +349,7 @@ class Replay {
       if (pool.tell_ends) host_.ended(news.pool, news.request);
     }
     if (!options_.predicted) return;
-    const std::size_t n_prompt = request_keys(trace_, news.request, options_.block_size, keys_);
+    const std::size_t n_prompt = request_keys(trace_, news.request, options_.block_size, keys_).n_prompt;
     pool.index.store(static_cast<Row>(news.row), keys_.data(), n_prompt);
   }
 
@@ -363,10 +373,11 @@ class Replay {
   std::vector<std::int64_t> followed_by_, next_sibling_;
   std::priority_queue<Event, std::vector<Event>, std::greater<>> events_;
   std::deque<News> news_;
-  bool run_ahead_ = false;
+  SharedBlocks shared_;
+  bool run_ahead_ = false, masked_ = false;
   double horizon_ = 0;  // when the next arrival by the clock is due
   std::int64_t planned_ = 0, finished_ = 0, lost_ = 0, orphans_ = 0;
-  std::vector<Key> keys_;
+  std::vector<Key> keys_, asked_keys_;
   std::vector<Engine::FirstToken> first_tokens_;
   std::vector<std::int64_t> ended_;
 };

@@ -37,8 +37,10 @@ struct LoadView {
 };
 
 // Fills out, kColumns columns of n entries, for the candidate rows (each < load.n_rows). in_flight, if there
-// is one, holds the prefixes of requests without a first token; they count as cached.
-inline void fill_columns(const PrefixIndex& index, const PrefixIndex* in_flight, const Key* keys,
+// is one, holds the prefixes of requests without a first token; they count as cached. Index: a PrefixIndex, or
+// what answers match_and_count like one.
+template <class Index>
+void fill_columns(const Index& index, const PrefixIndex* in_flight, const Key* keys,
                          std::size_t n_keys, std::int64_t prompt_tokens, std::int64_t block_size,
                          const std::int64_t* rows, std::size_t n, const LoadView& load, std::int64_t* out) {
   thread_local std::vector<std::int64_t> scratch;  // spares an allocation per decision

@@ -31,7 +31,7 @@ struct Roofline final : StepTime {
     const double dense =
         std::max(2 * weights / bandwidth, 2 * active_parameters * static_cast<double>(tokens) / compute);
     const double decode = batch * load.decode_context * kv_bytes / bandwidth;
-    const double prefill = attention_flops * new_tokens * (load.prefix_tokens + new_tokens / 2) / compute;
+    const double prefill = attention_flops * new_tokens * (load.pair_prefix_tokens + new_tokens / 2) / compute;
     return overhead_s + dense + decode + prefill;
   }
 };
@@ -43,7 +43,7 @@ struct FittedStep final : StepTime {
     const auto new_tokens = static_cast<double>(load.new_tokens), batch = static_cast<double>(load.decode_batch);
     const double decode = decode_s * batch + context_s * (batch * load.decode_context);
     if (load.new_tokens == 0) return step_s + decode;
-    const double pairs = new_tokens * (load.prefix_tokens + new_tokens / 2);
+    const double pairs = new_tokens * (load.pair_prefix_tokens + new_tokens / 2);
     const double prefill = prefill_s + new_token_s * new_tokens + attention_s * pairs;
     return step_s + decode + prefill + mixed_decode_s * batch;
   }

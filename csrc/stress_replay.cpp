@@ -31,14 +31,14 @@ void engine_alone(std::uint64_t seed) {
   std::vector<Engine::FirstToken> first_tokens;
   std::vector<std::int64_t> ended;
   std::int64_t submitted = 0;
-  for (int step = 0; step < 3000; ++step) {
+  for (int step = 0; step < 30000 && (step < 3000 || submitted > static_cast<std::int64_t>(ended.size())); ++step) {
     if (submitted < 300 && rng() % 3 == 0) {
       const auto prompt = static_cast<std::int64_t>(1 + rng() % static_cast<std::uint64_t>(10 * block_size));
       const auto output = static_cast<std::int64_t>(1 + rng() % static_cast<std::uint64_t>(10 * block_size));
       std::vector<Key> keys(static_cast<std::size_t>(rng() % static_cast<std::uint64_t>((prompt + output) / block_size + 1)));
       Key chain = 0;
       for (Key& key : keys) key = chain = chain * 31 + rng() % 2;
-      engine.submit(submitted++, keys.data(), keys.size(), prompt, output, rng() % 4 == 0 ? prompt : 0);
+      engine.submit(submitted++, keys.data(), keys.size(), keys.size(), prompt, output, rng() % 4 == 0 ? prompt : 0);
     }
     mulsched::StepLoad load;
     if (!engine.start_step(load)) continue;

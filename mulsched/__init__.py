@@ -5,6 +5,7 @@ from mulsched.block_keys import block_keys, text_block_keys
 from mulsched.decision import Decision
 from mulsched.errors import *  # noqa: F403
 from mulsched.indicators import Columns
+from mulsched.lifecycle import Lifecycle
 from mulsched.policies import Policy
 from mulsched.prefix_index import PrefixIndex
 from mulsched.router import Router
@@ -20,6 +21,7 @@ __all__ = [
     "Custom",
     "Decision",
     "InstanceRemoved",
+    "Lifecycle",
     "Linear",
     "Multiplicative",
     "Namespace",

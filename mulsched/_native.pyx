@@ -13,7 +13,7 @@ from cpython.buffer cimport (
 )
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.ref cimport PyObject
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
 from libcpp.memory cimport unique_ptr
@@ -47,6 +47,10 @@ cdef extern from "xxh3.hpp" namespace "mulsched" nogil:
         const uint32_t*, size_t, size_t, uint64_t, uint64_t*) noexcept
     size_t first_invalid[Token](const Token*, size_t) noexcept
 
+cdef extern from "msgpack_integers.hpp" namespace "mulsched" nogil:
+    cbool read_array_header(const uint8_t*, size_t, size_t&, size_t&) noexcept
+    cbool read_integers[Word](const uint8_t*, size_t, size_t, size_t, Word*) noexcept
+
 cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
     cdef cppclass CMemory "mulsched::PrefixTree::Memory":
         size_t nodes, edges, holders, blocks, names
@@ -64,7 +68,7 @@ cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
         void clear(uint32_t) except +
         int64_t store(uint32_t, const uint64_t*, size_t) except +
         int64_t store_named(
-            uint32_t, cbool, uint64_t, const uint64_t*, const uint64_t*, size_t) except +
+            uint32_t, cbool, uint64_t, const uint64_t*, const uint64_t*, size_t, cbool) except +
         int64_t remove_named(uint32_t, const uint64_t*, size_t) except +
         int64_t discard(uint32_t, const uint64_t*, size_t, size_t) except +
         void match(const uint64_t*, size_t, int64_t*, size_t) noexcept
@@ -118,6 +122,7 @@ SOURCE_DIGEST = (<bytes> MULSCHED_SOURCE_DIGEST).decode()
 """Digest of the sources this module was built from; tests/test_build.py compares it with the checkout."""
 
 cdef object new_array = np.empty
+cdef object uint32_dtype = np.dtype(np.uint32)
 cdef object uint64_dtype = np.dtype(np.uint64)
 
 # Below these sizes the work takes less than about 10 us and giving up the GIL costs more than it brings.
@@ -308,6 +313,41 @@ def hash_text_blocks(str text, Py_ssize_t block_chars, uint64_t seed):
     return keys
 
 
+# -- integers in messages -------------------------------------------------------------------------------
+
+def unpack_uint32(data):
+    """Return a msgpack array of integers in 0..2**32-1; None if data is anything else."""
+    return unpack(data, uint32_dtype)
+
+
+def unpack_uint64(data):
+    """Return a msgpack array of integers as 64-bit words, negative ones too; None if data is anything else."""
+    return unpack(data, uint64_dtype)
+
+
+cdef object unpack(object data, object dtype):
+    cdef Py_buffer view, out
+    cdef const uint8_t* start
+    cdef size_t count = 0, begin = 0, size
+    cdef cbool read
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        start = <const uint8_t*> view.buf
+        size = <size_t> view.len
+        if not read_array_header(start, size, count, begin):
+            return None
+        words = new_array(count, dtype)
+        PyObject_GetBuffer(words, &out, PyBUF_WRITABLE)
+        if out.itemsize == 4:
+            read = read_integers[uint32_t](start, size, begin, count, <uint32_t*> out.buf)
+        else:
+            read = read_integers[uint64_t](start, size, begin, count, <uint64_t*> out.buf)
+        PyBuffer_Release(&out)
+        return words if read else None
+    finally:
+        PyBuffer_Release(&view)
+
+
 # -- prefix index ---------------------------------------------------------------------------------------
 
 @cython.final
@@ -370,7 +410,7 @@ cdef class PrefixIndex:
             newly = self.index.get().store(row, copied.data(), n)
         return newly
 
-    def store_named(self, uint32_t row, parent, hashes, keys):
+    def store_named(self, uint32_t row, parent, hashes, keys, cbool counts_copies=True):
         """Append blocks after the one that parent names; return blocks newly held, -1: unknown parent."""
         cdef Words path = words_of(keys), named = words_of(hashes)
         cdef const uint64_t* blocks = <const uint64_t*> path.view.buf
@@ -383,12 +423,12 @@ cdef class PrefixIndex:
             raise ValueError(f"{n} keys need as many hashes, got {named.length()}")
         cdef vector[uint64_t] copied
         if n <= STORE_BLOCKS_WITH_GIL:
-            return self.index.get().store_named(row, has_parent, parent_hash, names, blocks, n)
+            return self.index.get().store_named(row, has_parent, parent_hash, names, blocks, n, counts_copies)
         copied.assign(blocks, blocks + n)
         copied.insert(copied.end(), names, names + n)
         with nogil:
             newly = self.index.get().store_named(
-                row, has_parent, parent_hash, copied.data() + n, copied.data(), n)
+                row, has_parent, parent_hash, copied.data() + n, copied.data(), n, counts_copies)
         return newly
 
     def remove_named(self, uint32_t row, hashes):

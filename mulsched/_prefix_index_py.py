@@ -355,7 +355,9 @@ class PrefixIndexPy:
         return newly
 
     @_exclusive
-    def store_named(self, row: int, parent: int | None, hashes: Keys, keys: Keys) -> int:
+    def store_named(
+        self, row: int, parent: int | None, hashes: Keys, keys: Keys, counts_copies: bool = True
+    ) -> int:
         """Append blocks after the one that parent names; return blocks newly held, -1: unknown parent."""
         state = self._tree.rows[row]
         node, offset = self._tree.root, 0
@@ -372,7 +374,8 @@ class PrefixIndexPy:
             block = holder.blocks[at]
             old = state.names.get(name)
             if old is block:
-                _add_one(state.extra_copies, name)
+                if counts_copies:
+                    _add_one(state.extra_copies, name)
             else:
                 # the name may move here from another block, even one of this path
                 state.names[name] = block

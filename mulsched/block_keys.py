@@ -5,11 +5,13 @@ the tree gives the chain. With the default seed they equal Dynamo's and smg's lo
 
 A namespace changes the seed, so equal tokens in different namespaces have different keys. A LoRA adapter
 alone seeds with ``seed + xxh3_64(name)``, the convention of Dynamo and smg; other namespaces seed with the
-hash of all their fields. A block with multimodal content hashes that content's identifier with the key as
-seed, so that placeholder tokens alone never match.
+hash of all their fields. A cache salt goes into the first key of a prompt alone, as in vLLM, whose events
+name it there only: what follows is reached through the first block. A block with multimodal content hashes
+that content's identifier with the key as seed, so that placeholder tokens alone never match.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,7 @@ def _check_positive(value: Any, name: str) -> int:
 
 
 def namespace_seed(namespace: Namespace | None, seed: int = DEFAULT_SEED) -> int:
-    """Return the seed of a namespace's keys, in 0..2**64-1.
+    """Return the seed of a namespace's first key, in 0..2**64-1; without a cache salt, of all its keys.
 
     Raises InvalidType (not a Namespace, not an int), InvalidArgument (seed outside 64 bits,
     a lone surrogate).
@@ -68,6 +70,14 @@ def namespace_seed(namespace: Namespace | None, seed: int = DEFAULT_SEED) -> int
         for field in (lora, model, cache_salt)
     )
     return xxhash.xxh3_64_intdigest(encoded, seed=int(seed))
+
+
+def _seeds(namespace: Namespace | None, seed: int) -> tuple[int, int]:
+    """Return the seed of a prompt's first block and that of the others."""
+    first = namespace_seed(namespace, seed)
+    if namespace is None or namespace.cache_salt is None:
+        return first, first
+    return first, namespace_seed(replace(namespace, cache_salt=None), seed)
 
 
 def _encode_field(name: str, value: Any) -> bytes | None:
@@ -100,7 +110,12 @@ def block_keys(
     Raises InvalidTokens (with the position), InvalidType, InvalidArgument (block_size below 1, as many
     extra_keys as blocks wanted).
     """
-    keys = hash_blocks(tokens, _check_positive(block_size, "block_size"), namespace_seed(namespace, seed))
+    size = _check_positive(block_size, "block_size")
+    first_seed, rest_seed = _seeds(namespace, seed)
+    keys = hash_blocks(tokens, size, rest_seed)
+    if first_seed != rest_seed and len(keys) > 0:
+        start = tokens[:size] if isinstance(tokens, list | tuple) else np.asarray(tokens)[:size]
+        keys[:1] = hash_blocks(start, size, first_seed)
     if extra_keys is not None:
         if not isinstance(extra_keys, Sequence):
             raise InvalidType(
@@ -134,7 +149,12 @@ def text_block_keys(
     size = _check_positive(block_chars, "block_chars")
     try:
         # the exact str of a subclass, whatever the subclass does
-        return hash_text_blocks(str.__str__(text), size, namespace_seed(namespace, seed))
+        exact = str.__str__(text)
+        first_seed, rest_seed = _seeds(namespace, seed)
+        keys = hash_text_blocks(exact, size, rest_seed)
+        if first_seed != rest_seed:
+            keys[:1] = hash_text_blocks(exact[:size], size, first_seed)
+        return keys
     except UnicodeEncodeError as error:
         raise InvalidArgument(f"text must be valid Unicode, got a lone surrogate at {error.start}") from None
 

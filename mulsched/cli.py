@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from mulsched.commands import info, replay, report, trace
+from mulsched.commands import info, mock_engine, replay, report, trace
 from mulsched.errors import MulschedError
 
 __all__ = ["main"]
@@ -14,6 +14,7 @@ COMMANDS = (
     replay,
     report,
     trace,
+    mock_engine,
     info,
 )
 

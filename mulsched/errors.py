@@ -11,6 +11,7 @@ lookup keeps working::
     ├── DuplicateInstance (ValueError)     the instance is there already
     ├── UnknownBlock (KeyError)            a parent hash that the instance does not hold
     ├── BlockSizeMismatch (ValueError)     an event's block size is not the router's
+    ├── InvalidEvents (ValueError)         a message of engine events that cannot be read
     ├── UnknownRequest (KeyError)          no such request is booked
     ├── DuplicateRequest (ValueError)      the request id is booked already
     ├── LifecycleError (RuntimeError)      a life-cycle call out of order
@@ -29,6 +30,7 @@ __all__ = [
     "DuplicateInstance",
     "DuplicateRequest",
     "InvalidArgument",
+    "InvalidEvents",
     "InvalidTokens",
     "InvalidType",
     "LifecycleError",
@@ -79,6 +81,10 @@ class UnknownBlock(MulschedError, KeyError):
 
 class BlockSizeMismatch(MulschedError, ValueError):
     """An event whose block size differs from the router's."""
+
+
+class InvalidEvents(MulschedError, ValueError):
+    """A message of engine events that cannot be read as a whole."""
 
 
 class UnknownRequest(MulschedError, KeyError):

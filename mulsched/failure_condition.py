@@ -27,6 +27,7 @@ from mulsched.load import check_count
 
 __all__ = [
     "count_margin",
+    "kept_share",
     "least_peak",
     "least_spill",
     "load_shares",
@@ -153,6 +154,23 @@ def tolerated_batch_ratio(holder_p_tokens: int, other_p_tokens: int) -> float:
     """
     other = check_count(other_p_tokens, "other_p_tokens", least=1)
     return other / check_count(holder_p_tokens, "holder_p_tokens", least=1)
+
+
+def kept_share(holders: int, instances: int, batch_ratio: float) -> float:
+    """Return the share of resident requests up to which the product keeps a class on its holders.
+
+    The x where x / (1 - x) = R * |M| / (N - |M|), R the ``batch_ratio`` of :func:`tolerated_batch_ratio`: the
+    class alone on its holders at R times the batch of the rest on the others. With R = 1 it is the share of
+    the paper's condition, |M| / N; between the two the condition fails and the product does not act.
+    Edges: 1 if all hold, 0 if nobody does. Raises InvalidType, InvalidArgument.
+    """
+    instances = check_count(instances, "instances", least=1)
+    holders = _check_holders(holders, instances)
+    ratio = _check_number(batch_ratio, "batch_ratio")
+    if ratio == 0:
+        raise InvalidArgument(f"batch_ratio must be above 0, got {batch_ratio}")
+    on_holders = ratio * holders
+    return on_holders / (on_holders + instances - holders)
 
 
 def _check_number(value: Any, name: str) -> float:

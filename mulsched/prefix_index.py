@@ -52,10 +52,13 @@ class Backend(Protocol):
     def store(self, row: int, keys: Keys) -> int:
         """Hold the whole path on an unnamed row, newest in LRU order; blocks that were not held before."""
 
-    def store_named(self, row: int, parent: int | None, hashes: Keys, keys: Keys) -> int:
+    def store_named(
+        self, row: int, parent: int | None, hashes: Keys, keys: Keys, counts_copies: bool = True
+    ) -> int:
         """Append blocks after the block that ``parent`` names; blocks newly held, or -1: unknown parent.
 
-        A hash that names the very block already names one copy more; one that names another block moves.
+        A hash that names the very block already names one copy more, unless ``counts_copies`` is false; one
+        that names another block moves.
         """
 
     def remove_named(self, row: int, hashes: Keys) -> int:
@@ -290,13 +293,14 @@ class PrefixIndex:
         *,
         parent: EngineHash | None = None,
         engine_hashes: Sequence[EngineHash] | NDArray[np.uint64] | None = None,
+        counts_copies: bool = True,
     ) -> int:
         """Record that the instance holds ``keys``; return how many blocks it did not hold before.
 
         For a named instance ``keys`` follow the block that ``parent`` names (None: the prompt's start) and
         ``engine_hashes`` names them one by one; a name that is in use for the same block counts one copy
-        more, and one in use for another block moves here, as one copy. For the other kinds ``keys`` is
-        the path from the prompt's start. O(D + W) amortised.
+        more, unless ``counts_copies`` is false, and one in use for another block moves here, as one copy.
+        For the other kinds ``keys`` is the path from the prompt's start. O(D + W) amortised.
 
         Raises UnknownInstance, UnknownBlock (the instance holds no block named ``parent``), InvalidType,
         InvalidArgument (hashes missing, superfluous, or not as many as keys).
@@ -315,7 +319,7 @@ class PrefixIndex:
                 raise InvalidArgument(f"instance {instance!r} needs engine_hashes, one for each of the keys")
             if len(hashes) != len(path):
                 raise InvalidArgument(f"{len(path)} keys need as many engine_hashes, got {len(hashes)}")
-            stored = self._tree.store_named(row, after, hashes, path)
+            stored = self._tree.store_named(row, after, hashes, path, counts_copies)
             if stored == UNKNOWN_PARENT:
                 raise UnknownBlock(f"instance {instance!r} holds no block with engine hash {parent!r}")
             return stored

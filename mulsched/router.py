@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -552,13 +553,16 @@ class Router:
     def apply(self, event: Event) -> list[Hashable]:
         """Apply an engine's event; return the ids of requests lost with an instance, else nothing.
 
-        The first event from an instance with a predicted cache makes that cache observed.
+        The first event from an instance with a predicted cache makes that cache observed. Blocks on another
+        medium than the GPU do not count, and their events change nothing.
 
         Raises UnknownInstance, UnknownBlock (parent not held there; nothing is stored),
         BlockSizeMismatch, InvalidTokens, InvalidArgument, InvalidType.
         """
         with self._lock:
-            if isinstance(event, BlockStored):
+            if isinstance(event, BlockStored | BlockRemoved) and event.medium != "GPU":
+                self._index.row(event.instance)
+            elif isinstance(event, BlockStored):
                 self._apply_stored(event)
             elif isinstance(event, BlockRemoved):
                 hashes = as_hashes(event.block_hashes)
@@ -589,7 +593,13 @@ class Router:
                     f"instance {event.instance!r} holds no block with engine hash {event.parent_hash!r}"
                 )
         self._observe(event.instance)
-        self._index.store(event.instance, keys, parent=event.parent_hash, engine_hashes=hashes)
+        self._index.store(
+            event.instance,
+            keys,
+            parent=event.parent_hash,
+            engine_hashes=hashes,
+            counts_copies=event.counts_copies,
+        )
 
     def _event_keys(self, event: BlockStored, n_blocks: int) -> Keys:
         if (event.token_ids is None) == (event.block_keys is None):
@@ -599,10 +609,13 @@ class Router:
             if len(keys) != n_blocks:
                 raise InvalidArgument(f"{n_blocks} block_hashes need as many keys, got {len(keys)}")
             return keys
+        namespace = event.namespace
+        if event.parent_hash is not None and namespace is not None and namespace.cache_salt is not None:
+            namespace = replace(namespace, cache_salt=None)  # it is in the key of the prompt's first block
         keys = block_keys(
             event.token_ids,
             self._block_size,
-            namespace=event.namespace,
+            namespace=namespace,
             seed=self._key_seed,
             extra_keys=event.extra_keys,
         )

@@ -30,7 +30,8 @@ class Namespace:
     """What besides tokens must be equal for two prompts to share KV cache.
 
     ``lora`` alone seeds the keys with ``seed + xxh3_64(lora)``, the convention of Dynamo and smg; any
-    other combination of fields seeds them with a hash of all fields. An empty namespace equals none.
+    other combination of fields seeds them with a hash of all fields. The salt seeds the first key only.
+    An empty namespace equals none.
     """
 
     lora: str | None = None
@@ -55,10 +56,12 @@ class Request:
 class BlockStored:
     """An engine cached the blocks ``block_hashes``, in order, right after the block ``parent_hash``.
 
-    A block that it has cached already under the same hash is a copy, and is removed as often as stored.
+    A block that it has cached already under the same hash is a copy, and is removed as often as stored;
+    unless ``counts_copies`` is false, for engines that hold a block once and may announce it again.
     Content comes either as ``token_ids`` (``block_size`` per block) or as ready ``block_keys``, into which
     ``namespace`` and ``extra_keys`` have gone already; they are for ``token_ids``. ``extra_keys`` names, per
-    block, the multimodal content in it (``None`` for text only).
+    block, the multimodal content in it (``None`` for text only). ``medium`` is where the copy lies:
+    ``"GPU"``, ``"CPU"``, ``"DISK"``, or another tier's name in capitals.
     """
 
     instance: str
@@ -69,19 +72,22 @@ class BlockStored:
     block_keys: Keys | None = None
     namespace: Namespace | None = None
     extra_keys: Sequence[bytes | None] | None = None
+    medium: str = "GPU"
+    counts_copies: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRemoved:
-    """An engine evicted the blocks ``block_hashes``, one copy of each."""
+    """An engine evicted the blocks ``block_hashes`` from ``medium``, one copy of each."""
 
     instance: str
     block_hashes: Sequence[EngineHash] | NDArray[np.uint64]
+    medium: str = "GPU"
 
 
 @dataclass(frozen=True, slots=True)
 class CacheCleared:
-    """An engine dropped its whole prefix cache."""
+    """An engine dropped its whole prefix cache, on every medium."""
 
     instance: str
 

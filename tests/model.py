@@ -56,7 +56,7 @@ class ModelIndex:
         self._evict(row)
         return newly
 
-    def store_named(self, row, parent, hashes, keys):
+    def store_named(self, row, parent, hashes, keys, counts_copies=True):
         names = self.names[row]
         if parent is not None and parent not in names:
             return -1
@@ -65,7 +65,10 @@ class ModelIndex:
             prefix = (*prefix, key)
             newly += prefix not in self.held(row)
             copies = names.get(name, [])
-            names[name] = [*copies, prefix] if prefix in copies else [prefix]
+            if prefix not in copies:
+                names[name] = [prefix]
+            elif counts_copies:
+                names[name] = [*copies, prefix]
         return newly
 
     def remove_named(self, row, hashes):

@@ -3,6 +3,7 @@
 import array
 import ctypes
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -207,7 +208,26 @@ SPACES = st.builds(Namespace, lora=NAMES, model=NAMES, cache_salt=NAMES)
 @given(SPACES, SPACES)
 def test_different_namespaces_never_match(one, other):
     same = (block_keys(TOKENS, 2, namespace=one) == block_keys(TOKENS, 2, namespace=other)).tolist()
-    assert same == [one == other] * 5
+    unsalted = replace(one, cache_salt=None) == replace(other, cache_salt=None)
+    assert same == [one == other] + [unsalted] * 4
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda tokens: array.array("i", tokens), memoryview])
+def test_a_salt_is_in_the_first_key_alone_whatever_holds_the_tokens(kind):
+    tokens = kind(np.array(TOKENS, dtype=np.uint32) if kind is memoryview else TOKENS)
+    salted = block_keys(tokens, 2, namespace=Namespace(cache_salt="s")).tolist()
+    expected = (
+        judge(TOKENS[:2], 2, namespace_seed(Namespace(cache_salt="s"))) + judge(TOKENS, 2, DEFAULT_SEED)[1:]
+    )
+    assert salted == expected
+
+
+def test_a_salt_is_in_the_first_key_of_a_text_alone():
+    plain, salted = (
+        text_block_keys("abcdef", 2, namespace=ns).tolist() for ns in (None, Namespace(cache_salt="s"))
+    )
+    assert salted[0] != plain[0]
+    assert salted[1:] == plain[1:]
 
 
 def test_multimodal_content_tells_equal_tokens_apart():

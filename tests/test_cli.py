@@ -209,6 +209,12 @@ def test_results_that_are_kept_are_not_written_over(tmp_path, capsys):
         (["replay", "--slo", "fast"], "expected an SLO like ttft=0.5,tpot=0.05"),
         (["replay", "--json", "-", "--csv", "-"], "both write to standard output"),
         (["replay", "--prefill-instances", "0"], "prefill_instances must be at least 1, got 0"),
+        (["mock-engine", "--count", "0"], "--count must be at least 1, got 0"),
+        (["mock-engine", "--speed", "0"], "speed must be above 0 and finite, got 0.0"),
+        (["mock-engine", "--kv-blocks", "0"], "kv_blocks must be at least 1, got 0"),
+        (["mock-engine", "--kv-replay", "tcp://127.0.0.1:5558"], "--kv-replay goes with --kv-events"),
+        (["mock-engine", "--kv-events", "5557"], "expected an endpoint like tcp://127.0.0.1:5557, got 5557"),
+        (["mock-engine", "--tokenizer", "nowhere.json"], "nowhere.json"),
         (["report", "nowhere"], "nowhere holds no results"),
     ],
 )
@@ -228,9 +234,18 @@ def test_info_tells_backend_and_policies(capsys):
 
 
 def test_commands_load_without_any_extra():
-    blocked = (
-        "import sys; sys.modules.update(dict.fromkeys(['rich', 'jinja2', 'matplotlib', 'pyarrow', 'scipy']))"
-    )
+    extras = [
+        "rich",
+        "jinja2",
+        "matplotlib",
+        "pyarrow",
+        "scipy",
+        "aiohttp",
+        "msgspec",
+        "prometheus_client",
+        "zmq",
+    ]
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
     program = f"{blocked}; from mulsched.cli import main; sys.exit(main(['info']))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("mulsched ")

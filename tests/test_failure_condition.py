@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -14,6 +14,7 @@ from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.failure_condition import (
     MAX_CLASSES,
     count_margin,
+    kept_share,
     least_peak,
     least_spill,
     load_shares,
@@ -22,15 +23,12 @@ from mulsched.failure_condition import (
 )
 
 
-@st.composite
-def fleets(draw, *, max_instances=5, max_classes=4):
-    """Instances, and classes with whole parts of 100 as shares and any holders, none included."""
-    n = draw(st.integers(1, max_instances))
-    k = draw(st.integers(1, max_classes))
-    cuts = sorted(draw(st.lists(st.integers(0, 100), min_size=k, max_size=k)))
-    parts = [high - low for low, high in zip([0, *cuts], cuts, strict=False)]
-    holders = [draw(st.sets(st.integers(0, n - 1))) for _ in range(k)]
-    return n, parts, holders
+def fleets():
+    """Three classes with any holders among three instances, none included; the fourth holds nothing."""
+    held = [set(s) for size in range(4) for s in itertools.combinations(range(3), size)]
+    for n, parts in ((3, (40, 40, 20)), (4, (30, 30, 30)), (4, (50, 0, 20))):
+        for holders in itertools.combinations_with_replacement(held, 3):
+            yield n, parts, holders
 
 
 def subsets(n):
@@ -75,6 +73,7 @@ def test_the_margin_of_one_class(share, holders, instances, margin):
     assert count_margin(share, holders, instances) == margin
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 60), st.data())
 def test_the_margin_has_the_sign_of_the_papers_condition(total, data):
     count = data.draw(st.integers(0, total - 1))
@@ -117,6 +116,7 @@ def test_no_load_has_shares_of_zero():
     assert load_shares([], []).tolist() == []
 
 
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1), st.floats(1e-3, 1e3))
 def test_shares_do_not_mind_the_unit(classes, unit):
     rates, loads = np.array(classes, dtype=float).T
@@ -174,51 +174,47 @@ def test_shares_that_round_above_one_leave_no_negative_margin():
     assert worst_set(shares, [{0, 1}] * 3, 2) == (0, {0, 1})
 
 
-@given(fleets())
-def test_the_worst_set_is_the_worst_of_all_subsets(fleet):
-    n, parts, holders = fleet
-    binding = [s for s in subsets(n) if any(held and held <= s for held in holders)]
-    margin, worst = worst_set([part / 100 for part in parts], holders, n)
-    if not binding:
-        assert (margin, worst) == (pytest.approx(1 - sum(parts) / 100), frozenset())
-        return
-    margins = [Fraction(len(s), n) - Fraction(inside(parts, holders, s), 100) for s in binding]
-    assert margin == pytest.approx(float(min(margins)), abs=1e-12)
-    assert len(worst) / n - inside(parts, holders, worst) / 100 == pytest.approx(margin, abs=1e-12)
+def test_the_worst_set_is_the_worst_of_all_subsets():
+    for n, parts, holders in fleets():
+        margin, worst = worst_set([part / 100 for part in parts], holders, n)
+        binding = [s for s in subsets(n) if any(held and held <= s for held in holders)]
+        if not binding:
+            assert (margin, worst) == (pytest.approx(1 - sum(parts) / 100), frozenset())
+            continue
+        margins = {frozenset(s): len(s) / n - inside(parts, holders, s) / 100 for s in binding}
+        assert margin == pytest.approx(min(margins.values()), abs=1e-12)
+        assert margins[worst] == pytest.approx(margin, abs=1e-12)
 
 
-@given(fleets())
-def test_the_least_peak_is_that_of_the_best_routing(fleet):
-    n, parts, holders = fleet
-    peak = least_peak([part / 100 for part in parts], holders, n)
-    assert peak == pytest.approx(routed_peak(n, parts, holders), abs=1e-7)
+def test_the_least_peak_is_that_of_the_best_routing():
+    for n, parts, holders in fleets():
+        peak = least_peak([part / 100 for part in parts], holders, n)
+        assert peak == pytest.approx(routed_peak(n, parts, holders), abs=1e-7)
 
 
-@given(fleets())
-def test_no_routing_exceeds_the_mean_exactly_where_no_margin_is_negative(fleet):
-    n, parts, holders = fleet
-    shares = [part / 100 for part in parts]
-    margin, _ = worst_set(shares, holders, n)
-    assert (margin >= -1e-12) == (least_peak(shares, holders, n) <= 1 + 1e-12)
+def test_no_routing_exceeds_the_mean_exactly_where_no_margin_is_negative():
+    for n, parts, holders in fleets():
+        shares = [part / 100 for part in parts]
+        margin, _ = worst_set(shares, holders, n)
+        assert (margin >= -1e-12) == (least_peak(shares, holders, n) <= 1 + 1e-12)
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 100), st.integers(1, 9), st.data())
 def test_one_class_of_several_is_the_paper_s(part, n, data):
     m = data.draw(st.integers(0, n))
     assert worst_set([part / 100], [range(m)], n)[0] == count_margin(part / 100, m, n)
 
 
-@given(fleets(), st.randoms())
-def test_neither_order_nor_names_of_instances_matter(fleet, rng):
-    n, parts, holders = fleet
-    shares = [part / 100 for part in parts]
-    names = [f"gpu-{i}" for i in range(n)]
-    rng.shuffle(names)
-    classes = [(share, {names[i] for i in held}) for share, held in zip(shares, holders, strict=True)]
-    rng.shuffle(classes)
-    renamed = [share for share, _ in classes], [held for _, held in classes]
-    assert least_peak(*renamed, n) == pytest.approx(least_peak(shares, holders, n))
-    assert worst_set(*renamed, n)[0] == pytest.approx(worst_set(shares, holders, n)[0])
+def test_neither_order_nor_names_of_instances_matter():
+    names = ["c", "a", "b"]
+    for n, parts, holders in fleets():
+        shares = [part / 100 for part in parts]
+        renamed = [{names[i] for i in held} for held in reversed(holders)]
+        margin, worst = worst_set(shares[::-1], renamed, n)
+        assert margin == pytest.approx(worst_set(shares, holders, n)[0])
+        assert worst <= set(names)
+        assert least_peak(shares[::-1], renamed, n) == pytest.approx(least_peak(shares, holders, n))
 
 
 @pytest.mark.parametrize(
@@ -252,6 +248,7 @@ def peak_of(stay, h, o, r, m, n):
     return max(on_holders / m, (on_holders + elsewhere) / n, (elsewhere - r) / (n - m) if m < n else 0)
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 100), st.integers(2, 8), st.data())
 def test_no_other_part_gives_a_smaller_peak(h, more, r, n, data):
     m = data.draw(st.integers(1, n - 1))
@@ -261,6 +258,7 @@ def test_no_other_part_gives_a_smaller_peak(h, more, r, n, data):
     assert best <= float(min(grid)) + 1e-9
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 100), st.integers(1, 8), st.data())
 def test_nothing_must_leave_exactly_where_the_margin_is_not_negative(h, more, r, n, data):
     m = data.draw(st.integers(1, n))
@@ -298,6 +296,7 @@ def test_a_hit_of_99_percent_tolerates_a_hundredfold_batch():
     assert tolerated_batch_ratio(10, 1000) == 100
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 1000), st.integers(1, 1000))
 def test_the_ratio_is_the_papers_second_condition(p_holder, p_other, b_holder, b_other):
     prefers = p_holder * b_holder <= p_other * b_other
@@ -309,3 +308,26 @@ def test_the_ratio_is_the_papers_second_condition(p_holder, p_other, b_holder, b
 def test_no_prompt_tokens_are_refused():
     with pytest.raises(InvalidArgument, match="holder_p_tokens must be at least 1, got 0"):
         tolerated_batch_ratio(0, 5)
+
+
+# -- what the product keeps on the holders
+
+
+@pytest.mark.parametrize(
+    ("holders", "instances", "ratio", "share"),
+    [(1, 16, 1, 1 / 16), (1, 16, 15, 0.5), (4, 16, 2, 0.4), (16, 16, 3, 1), (0, 16, 3, 0)],
+)
+def test_the_share_that_stays(holders, instances, ratio, share):
+    assert kept_share(holders, instances, ratio) == share
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 20), st.integers(1, 20), st.fractions(Fraction(1, 100), 1000))
+def test_the_share_that_stays_has_the_odds_of_the_papers_condition_times_the_ratio(m, others, ratio):
+    x = kept_share(m, m + others, float(ratio))
+    assert x / (1 - x) == pytest.approx(float(ratio) * m / others)
+
+
+def test_a_ratio_of_zero_is_refused():
+    with pytest.raises(InvalidArgument, match="batch_ratio must be above 0, got 0"):
+        kept_share(1, 2, 0)

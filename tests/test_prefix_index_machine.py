@@ -109,23 +109,28 @@ class IndexMachine(RuleBasedStateMachine):
         )
 
     @among("named")
-    @rule(draw=DRAW, which=DRAW, blocks=st.lists(st.tuples(HASHES, st.integers(0, 2)), max_size=4))
-    def store_after_a_known_block(self, draw, which, blocks):
+    @rule(
+        draw=DRAW,
+        which=DRAW,
+        blocks=st.lists(st.tuples(HASHES, st.integers(0, 2)), max_size=4),
+        counts_copies=st.booleans(),
+    )
+    def store_after_a_known_block(self, draw, which, blocks, counts_copies):
         row = self.pick(draw, "named")
         parents = [None, *sorted(self.model.names[row])]
         parent = parents[which % len(parents)]
-        self.all("store_named", row, parent, [h for h, _ in blocks], [k for _, k in blocks])
+        self.all("store_named", row, parent, [h for h, _ in blocks], [k for _, k in blocks], counts_copies)
 
     @among("named")
-    @rule(draw=DRAW, which=DRAW)
-    def store_a_known_block_again(self, draw, which):
+    @rule(draw=DRAW, which=DRAW, counts_copies=st.booleans())
+    def store_a_known_block_again(self, draw, which, counts_copies):
         row = self.pick(draw, "named")
         parents = {copies[0]: name for name, copies in self.model.names[row].items()} | {(): None}
         known = {name: copies[0] for name, copies in sorted(self.model.names[row].items())}
         again = [(name, block) for name, block in known.items() if block[:-1] in parents]
         if again:
             name, block = again[which % len(again)]
-            self.all("store_named", row, parents[block[:-1]], [name], [block[-1]])
+            self.all("store_named", row, parents[block[:-1]], [name], [block[-1]], counts_copies)
 
     @among("named")
     @rule(draw=DRAW, hashes=st.lists(HASHES, max_size=4))
@@ -366,10 +371,10 @@ class CountsNoCopies(PrefixIndexPy):
 
 
 class KeepsTheCopiesOfANameThatMoves(PrefixIndexPy):
-    def store_named(self, row, parent, hashes, keys):
+    def store_named(self, row, parent, hashes, keys, counts_copies=True):
         state = self._tree.rows[row]
         before = state.extra_copies.copy()
-        newly = super().store_named(row, parent, hashes, keys)
+        newly = super().store_named(row, parent, hashes, keys, counts_copies)
         state.extra_copies = before | state.extra_copies
         return newly
 

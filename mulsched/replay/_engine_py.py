@@ -146,11 +146,13 @@ class EnginePy:
         chunks = self.planned[len(batch) :]
         new_tokens = sum(tokens for _, tokens in chunks)
         prefix = sum(tokens * sequence.computed for sequence, tokens in chunks)
+        twice_pairs = sum(tokens * (2 * sequence.computed + tokens) for sequence, tokens in chunks)
         return StepLoad(
             new_tokens,
             prefix / new_tokens if chunks else 0.0,
             len(batch),
             sum(batch) / len(batch) if batch else 0.0,
+            twice_pairs / (2 * new_tokens) - new_tokens / 2 if chunks else 0.0,
         )
 
     def end_step(self) -> StepResult:

@@ -44,6 +44,7 @@ cdef extern from "engine.hpp" namespace "mulsched" nogil:
         double prefix_tokens
         int64_t decode_batch
         double decode_context
+        double pair_prefix_tokens
 
     cdef cppclass CFirstToken "mulsched::Engine::FirstToken":
         int64_t request, cached_tokens
@@ -55,7 +56,7 @@ cdef extern from "engine.hpp" namespace "mulsched" nogil:
 
     cdef cppclass CEngine "mulsched::Engine":
         CEngine(const CLimits&) except +
-        void submit(int64_t, const uint64_t*, size_t, int64_t, int64_t, int64_t) except +
+        void submit(int64_t, const uint64_t*, size_t, size_t, int64_t, int64_t, int64_t) except +
         cbool start_step(CStepLoad&) except +
         void end_step(vector[CFirstToken]&, vector[int64_t]&) except +
         const vector[CChange]& changes() except +
@@ -241,15 +242,16 @@ cdef class EngineNative:
                int64_t transferred_tokens):
         """Put a request into the waiting queue."""
         cdef Items path = Items(keys)
-        self.engine.get().submit(request, <const uint64_t*> path.view.buf, path.length(), prompt_tokens,
-                                 output_tokens, transferred_tokens)
+        self.engine.get().submit(request, <const uint64_t*> path.view.buf, path.length(), path.length(),
+                                 prompt_tokens, output_tokens, transferred_tokens)
 
     def start_step(self):
         """Schedule a step; return what it computes, or None if there is nothing to do."""
         cdef CStepLoad load
         if not self.engine.get().start_step(load):
             return None
-        return StepLoad(load.new_tokens, load.prefix_tokens, load.decode_batch, load.decode_context)
+        return StepLoad(load.new_tokens, load.prefix_tokens, load.decode_batch, load.decode_context,
+                        load.pair_prefix_tokens)
 
     def end_step(self):
         """End the step: count tokens, tell first tokens, release what is done."""
@@ -291,6 +293,7 @@ cdef class Host:
 
     cdef object trace, options, progress, step_time, error, names
     cdef int64_t block_size
+    cdef cbool counts_pairs
 
     cdef int64_t choose(self, size_t p, int64_t request, double now, object keys, const CPool* pool) except -1:
         cdef size_t n = pool.rows.size()
@@ -363,7 +366,8 @@ cdef double call_step_time(void* host, const CStepLoad& load) noexcept with gil:
     if self.error is not None:
         return 1.0
     try:
-        return self.step_time(load.new_tokens, load.prefix_tokens, load.decode_batch, load.decode_context)
+        prefix = load.pair_prefix_tokens if self.counts_pairs else load.prefix_tokens
+        return self.step_time(load.new_tokens, prefix, load.decode_batch, load.decode_context)
     except BaseException as error:
         self.error = error
         return 1.0
@@ -464,6 +468,7 @@ def run_replay(trace, options, records, progress):
     cdef size_t p
     host.trace, host.options, host.progress, host.step_time = trace, options, progress, options.profile.step_time
     host.block_size = options.profile.block_size
+    host.counts_pairs = getattr(options.profile.step_time, "counts_pairs", False)
     sizes = [options.prefill_instances] if options.prefill_instances else []
     sizes.append(options.decode_instances)
     first = 0

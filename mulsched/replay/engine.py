@@ -94,7 +94,7 @@ class EngineModel:
             raise InvalidArgument("a step is under way: end it first")
         load = self._engine.start_step()
         self._stepping = load is not None
-        return None if load is None else now + self._profile.step_time(*load)
+        return None if load is None else now + load.seconds(self._profile.step_time)
 
     def end_step(self) -> StepResult:
         """End the step. Raises InvalidArgument if none is under way."""

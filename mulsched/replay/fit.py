@@ -16,7 +16,6 @@ from mulsched.errors import InvalidArgument, MissingExtra
 from mulsched.replay.engine import EngineModel
 from mulsched.replay.profile import Profile
 from mulsched.replay.request_times import Floats, RequestTimes, time_per_token
-from mulsched.replay.step import StepLoad
 from mulsched.replay.step_time import FittedStep
 
 __all__ = ["Fit", "Simulation", "fit_profile", "schedules_ahead", "shown_limits", "simulate"]
@@ -204,14 +203,16 @@ def _chosen(requests: RequestTimes, mask: NDArray[np.bool_]) -> RequestTimes:
 class _Recorder:
     """A step time that keeps what it was asked for."""
 
+    counts_pairs = True
+
     def __init__(self, step: FittedStep) -> None:
         self.step = step
-        self.loads: list[StepLoad] = []
+        self.loads: list[tuple[int, float, int, float]] = []
 
     def __call__(
         self, new_tokens: int, prefix_tokens: float, decode_batch: int, decode_context: float
     ) -> float:
-        self.loads.append(StepLoad(new_tokens, prefix_tokens, decode_batch, decode_context))
+        self.loads.append((new_tokens, prefix_tokens, decode_batch, decode_context))
         return self.step(new_tokens, prefix_tokens, decode_batch, decode_context)
 
 
@@ -257,7 +258,10 @@ def _error(requests: RequestTimes, run: Simulation, mask: NDArray[np.bool_]) -> 
 
 
 def _equations(
-    requests: RequestTimes, run: Simulation, mask: NDArray[np.bool_], loads: Sequence[StepLoad]
+    requests: RequestTimes,
+    run: Simulation,
+    mask: NDArray[np.bool_],
+    loads: Sequence[tuple[int, float, int, float]],
 ) -> tuple[Floats, Floats]:
     """Return counts and targets whose coefficients @ counts = target, relative to the measured times.
 
@@ -275,7 +279,7 @@ def _equations(
     return counts, np.concatenate([np.maximum(0.0, 1 - waited / ttft), np.ones(len(rest))])
 
 
-def _counts(load: StepLoad) -> tuple[float, ...]:
+def _counts(load: tuple[int, float, int, float]) -> tuple[float, ...]:
     """What a step counts for each of _COEFFICIENTS."""
     new, prefix, batch, context = load
     prefills = float(new > 0)

@@ -8,7 +8,7 @@ float64.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from mulsched.errors import InvalidArgument
 
@@ -25,6 +25,9 @@ class StepTime(Protocol):
 
         ``new_tokens`` are prefilled after ``prefix_tokens`` of context (their mean, weighted by tokens), and
         ``decode_batch`` requests make a token each with a mean context of ``decode_context`` tokens.
+        A step time with a true attribute ``counts_pairs`` is given another prefix, with which
+        ``new_tokens * (prefix_tokens + new_tokens / 2)`` is right for steps of several prompts too:
+        ``pair_prefix_tokens`` of :class:`~mulsched.replay.step.StepLoad`.
         """
 
 
@@ -41,6 +44,7 @@ class Roofline:
     3.35 TB/s by its data sheet, of which 70 % and 75 % are reached and 1 ms a step is overhead (assumed).
     """
 
+    counts_pairs: ClassVar[bool] = True
     parameters: float = 8e9
     kv_bytes: float = 131_072
     attention_flops: float = 4 * 32 * 4096
@@ -72,6 +76,7 @@ class MoeRoofline:
     steps of more tokens than it has entries read every expert.
     """
 
+    counts_pairs: ClassVar[bool] = True
     active_parameters: float
     shared_parameters: float
     expert_parameters: float
@@ -131,6 +136,7 @@ class FittedStep:
     Raises InvalidArgument unless all are finite and at least 0 and ``step_s`` is above 0.
     """
 
+    counts_pairs: ClassVar[bool] = True
     step_s: float
     decode_s: float = 0.0
     context_s: float = 0.0

@@ -21,7 +21,7 @@ def step_time(new, prefix, batch, context):
     return 0.010 + 0.001 * new + 0.0001 * batch
 
 
-def new_engine(backend, **limits):
+def new_engine(backend, step_time=step_time, **limits):
     if backend == "python":
         twin = EnginePy
     else:
@@ -344,6 +344,39 @@ def test_in_little_memory_everyone_finishes_once_and_events_tell_the_cache(
             assert min(copies.values()) >= 0
             copies = +copies
     assert set(copies) == model.cached_keys()
+
+
+def test_a_step_of_several_prompts_attends_to_the_pairs_of_each(engine):
+    asked = []
+
+    class Pairs:
+        counts_pairs = True
+
+        def __call__(self, new, prefix, batch, context):
+            asked.append(new * (prefix + new / 2))
+            return 1.0
+
+    model = engine(step_time=Pairs(), max_batched_tokens=40, max_num_seqs=4)
+    for request, prompt in enumerate((12, 12, 30)):
+        model.submit(request, np.zeros(0, dtype=np.uint64), prompt, 1)
+    model.start_step(0.0)
+    model.end_step()
+    model.start_step(1.0)
+    assert asked == [72 + 72 + 128, 14 * (16 + 7)]
+
+
+def test_other_step_times_are_told_the_mean_prefix(engine):
+    asked = []
+
+    def step_time(new, prefix, batch, context):
+        asked.append(prefix)
+        return 1.0
+
+    model = engine(step_time=step_time)
+    for request in range(2):
+        model.submit(request, np.zeros(0, dtype=np.uint64), 12, 1)
+    model.start_step(0.0)
+    assert asked == [0.0]
 
 
 @settings(deadline=None)

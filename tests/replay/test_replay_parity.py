@@ -123,6 +123,22 @@ def test_with_every_event_heard_no_stored_block_is_without_its_parent():
             assert result["orphans"] == 0
 
 
+@pytest.mark.parametrize("instances", [64, 65])
+def test_the_twins_agree_at_the_most_instances_that_a_mask_holds_and_beyond(chat, instances):
+    first, *others = twins(chat, "lmetric", profile=builtin_profile(), instances=instances, kv_blocks=4000)
+    assert len(set(first["instance"])) == instances
+    assert others in ([], [first])
+
+
+def test_the_twins_agree_where_ids_are_not_chained():
+    rng = np.random.default_rng(2)
+    drawn = [(rng.random() / 20, [0] * rng.integers(1, 7), 0, 5, -1, False) for _ in range(60)]
+    trace = trace_of(drawn)
+    trace.run_start[:] = rng.integers(0, 5, len(trace.run_start))  # an id follows now one, now another
+    first, *others = twins(trace, "lmetric", kv_blocks=20)
+    assert others in ([], [first])
+
+
 @pytest.mark.parametrize(
     "step_time",
     [
@@ -138,8 +154,13 @@ def test_step_times_are_the_same_to_the_last_bit(chat, step_time):
 
 
 def test_a_step_time_of_ones_own_is_called(chat):
-    roofline = Roofline()
-    mine = Profile("mine", lambda *load: roofline(*load))
+    class Mine:
+        counts_pairs = True
+
+        def __call__(self, *load):
+            return Roofline()(*load)
+
+    mine = Profile("mine", Mine())
     first, *others = twins(chat, "lmetric", profile=mine)
     same = twins(chat, "lmetric", profile=builtin_profile())[0]
     assert others in ([], [first])

@@ -1,0 +1,36 @@
+"""Batches of events onto a router: whatever an engine says, the router goes on."""
+
+from collections import Counter
+
+from mulsched.errors import MulschedError
+from mulsched.events.batch import EventBatch
+from mulsched.router import Router
+from mulsched.types import BlockRemoved, BlockStored, CacheCleared
+
+__all__ = ["apply_batch"]
+
+
+def apply_batch(router: Router, batch: EventBatch, counts: Counter[str]) -> None:
+    """Apply a batch's events in order and add to ``counts`` what became of them.
+
+    A store that the router refuses is dropped and counted under the name of its error: ``UnknownBlock`` where
+    what came before it was not seen, ``BlockSizeMismatch``, ``InvalidTokens``. What the index holds is then
+    less than what the engine has, and never more. O(blocks).
+    """
+    for event in batch.events:
+        try:
+            router.apply(event)
+        except MulschedError as error:
+            counts[type(error).__name__] += 1
+            continue
+        if not isinstance(event, CacheCleared) and event.medium != "GPU":
+            counts["events_of_other_media"] += 1
+        elif isinstance(event, BlockStored):
+            counts["blocks_stored"] += len(event.block_hashes)
+        elif isinstance(event, BlockRemoved):
+            counts["blocks_removed"] += len(event.block_hashes)
+        else:
+            counts["caches_cleared"] += 1
+    counts["unknown_events"] += batch.unknown
+    counts["ignored_events"] += batch.ignored
+    counts["malformed_events"] += batch.malformed

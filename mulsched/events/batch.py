@@ -1,0 +1,60 @@
+"""What a message of an engine says, in the types that a router applies."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mulsched.types import BlockRemoved, BlockStored, CacheCleared
+
+__all__ = ["EventBatch", "KvEvent", "content_key", "medium_name"]
+
+KvEvent = BlockStored | BlockRemoved | CacheCleared
+
+# The names that engines give to tiers: vLLM 0.32 CPU and STORAGE, SGLang CPU_PINNED, CPU_TIER1 and DISK,
+# Dynamo device and host_pinned.
+_MEDIA = {"GPU": "GPU", "CPU": "CPU", "CPU_PINNED": "CPU", "CPU_TIER1": "CPU", "CPU_TIER2": "CPU",
+          "DISK": "DISK", "STORAGE": "DISK", "DEVICE": "GPU", "HOST_PINNED": "CPU"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class EventBatch:
+    """The events of one message, in order, and how many others it held.
+
+    ``timestamp`` is in seconds on the engine's clock. ``unknown`` counts events of types that are not known,
+    ``ignored`` those that are understood and do not concern the router (another cache group, blocks without
+    tokens), ``malformed`` those that cannot be read. ``removals_lost`` says that one of the malformed may
+    have removed blocks: whoever applies the rest then believes in blocks that may be gone. ``event_ids`` are
+    the engine's own numbers of the events, in formats that number them rather than messages.
+    """
+
+    timestamp: float
+    events: Sequence[KvEvent]
+    data_parallel_rank: int | None = None
+    unknown: int = 0
+    ignored: int = 0
+    malformed: int = 0
+    removals_lost: bool = False
+    event_ids: Sequence[int] = ()
+
+
+def medium_name(medium: str | None) -> str:
+    """Return the router's name for an engine's medium: GPU, CPU or DISK; one unknown stays, in capitals.
+
+    None is the GPU: engines that know no tiers name none.
+    """
+    if medium is None:
+        return "GPU"
+    name = medium.upper()
+    return _MEDIA.get(name, name)
+
+
+def content_key(items: Iterable[tuple[str, int]]) -> bytes:
+    """Return the extra key of a block that holds multimodal content, for ``block_keys(extra_keys=...)``.
+
+    ``items``: of each image or the like that the block holds a part of, its identifier and its first token's
+    place relative to the block's, in order. Both as in vLLM's events.
+    """
+    parts = []
+    for identifier, offset in items:
+        name = identifier.encode("utf-8", "surrogatepass")
+        parts += [len(name).to_bytes(8, "little"), name, offset.to_bytes(8, "little", signed=True)]
+    return b"".join(parts)

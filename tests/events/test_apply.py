@@ -1,0 +1,106 @@
+"""Batches onto a router: decoded, applied, counted."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kv_wire import ENCODINGS, batch, cleared, removed, stored
+
+from mulsched import Namespace, Router, block_keys
+from mulsched.events import apply_batch, content_key, decode_sglang, decode_vllm
+
+PROMPT = list(range(100, 117))
+
+
+def router_after(*events, decode=decode_vllm, counts=None, **options):
+    router = Router(block_size=4)
+    router.add_instance("gpu-0")
+    apply_batch(router, decode(batch(*events, **options), "gpu-0"), Counter() if counts is None else counts)
+    return router
+
+
+def hit(router, **options):
+    return router.select(PROMPT, **options).hit_tokens
+
+
+WHOLE = stored([1, 2, 3, 4], PROMPT[:16])
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([WHOLE], 16),
+        ([WHOLE, removed([3])], 8),
+        ([WHOLE, cleared()], 0),
+        ([stored([1, 2], PROMPT[:8]), stored([3, 4], PROMPT[8:16], 2)], 16),
+        ([stored([b"a", b"b"], PROMPT[:8]), stored([b"c"], PROMPT[8:12], b"b"), removed([b"b"])], 4),
+        ([stored([-1], PROMPT[:4]), stored([5], PROMPT[4:8], 2**64 - 1)], 8),
+        ([stored([3, 4], PROMPT[8:16], 2)], 0),
+    ],
+)
+def test_a_router_finds_what_the_events_say_is_cached(events, expected, encoding):
+    assert hit(router_after(*events, encoding=encoding)) == expected
+
+
+def test_a_block_stored_again_is_a_copy_for_vllm_and_the_same_block_for_sglang():
+    events = [WHOLE, WHOLE, removed([1, 2, 3, 4])]
+    assert [hit(router_after(*events, decode=decode)) for decode in (decode_vllm, decode_sglang)] == [16, 0]
+
+
+def test_copies_in_lower_tiers_do_not_count():
+    counts = Counter()
+    router = router_after(stored([1], PROMPT[:4], medium="CPU"), removed([1], medium="CPU"), counts=counts)
+    assert (hit(router), counts["events_of_other_media"], counts["blocks_stored"]) == (0, 2, 0)
+    assert hit(router_after(WHOLE, removed([1], medium="CPU"))) == 16
+
+
+def test_an_adapters_blocks_are_found_by_its_requests_only():
+    router = router_after(WHOLE | {"lora_name": "sql", "lora_id": 1})
+    assert [hit(router, namespace=Namespace(lora=lora)) for lora in ("sql", "other", None)] == [16, 0, 0]
+
+
+def test_images_are_found_by_requests_with_the_same_images_at_the_same_place():
+    router = router_after(WHOLE | {"extra_keys": [None, [("cat", 1)], [("cat", -3)], None]})
+    hits = []
+    for name in ("cat", "dog"):
+        extra = [None, content_key([(name, 1)]), content_key([(name, -3)]), None]
+        hits.append(router.select_keys(block_keys(PROMPT, 4, extra_keys=extra), prompt_tokens=17).hit_tokens)
+    assert hits == [16, 4]
+
+
+def test_what_the_router_refuses_is_counted_by_the_name_of_its_error():
+    counts = Counter()
+    wire = [stored([9], [1] * 8, block_size=8), stored([8], [1] * 4, 7), WHOLE, removed([3, 77]), cleared()]
+    router_after(*wire, counts=counts)
+    assert {name: n for name, n in counts.items() if n} == {
+        "BlockSizeMismatch": 1, "UnknownBlock": 1, "blocks_stored": 4, "blocks_removed": 2, "caches_cleared": 1
+    }  # fmt: skip
+
+
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["store", "store", "store", "remove", "clear"]), st.integers(0, 7)), max_size=30
+)
+
+
+@settings(deadline=None)
+@given(OPERATIONS, st.sampled_from(ENCODINGS))
+def test_an_engine_that_announces_all_it_does_is_mirrored_exactly(operations, encoding):
+    # A cache of one chain of eight blocks, each at most once: stores follow a held parent.
+    held, wire = set(), []
+    for kind, n in operations:
+        if kind == "store" and n not in held and (n == 0 or n - 1 in held):
+            held.add(n)
+            wire.append(stored([n], [n] * 4, n - 1 if n else None))
+        elif kind == "remove" and n in held:
+            held.remove(n)
+            wire.append(removed([n]))
+        elif kind == "clear" and n == 0:
+            held.clear()
+            wire.append(cleared())
+    router = router_after(*wire, encoding=encoding)
+    expected = next((n for n in range(8) if n not in held), 8)
+    prompt = [n for n in range(8) for _ in range(4)]
+    assert router.select([*prompt, 9]).hit_tokens == 4 * expected
+    router.index.check()
