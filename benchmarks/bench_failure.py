@@ -23,9 +23,7 @@ def busy_router(detector, instances):
     router = Router(detector=detector)
     for i in range(instances):
         router.add_instance(f"i{i}", cache_blocks=60_000)
-        router.route_keys(
-            KEYS[0], prompt_tokens=PROMPT_TOKENS, request_id=("warm", i), candidates=[f"i{i}"]
-        )
+        router.route_keys(KEYS[0], prompt_tokens=PROMPT_TOKENS, request_id=("warm", i), candidates=[f"i{i}"])
         router.finish(("warm", i))
     for i in range(BOOKED):
         router.route_keys(KEYS[i], prompt_tokens=PROMPT_TOKENS, request_id=i)

@@ -39,21 +39,25 @@ class Occupancy {
     last_ = {changes_, keys, matched, n_keys, n, {}};
     hash_classes(keys, n_keys);
     in_excess_.clear();
-    double widest = 0, everywhere = 0;
-    for (std::size_t i = 0; i < n; ++i) everywhere += static_cast<double>(loads[i]);
+    double widest = 0;
+    std::int64_t everywhere = 0;
+    for (std::size_t i = 0; i < n; ++i) everywhere += loads[i];
     for (std::size_t c = 0; c < hashes_.size(); ++c) {
       const std::uint32_t at = index_.find(hashes_[c]);
       if (at == FlatMap::kAbsent) break;
       const Node& node = nodes_[at];
       const auto depth = static_cast<std::int64_t>(depths_[c]);
-      std::int64_t holders = 0;
-      double on_holders = 0;
-      for (std::size_t i = 0; i < n; ++i) {
-        holders += matched[i] >= depth;
-        on_holders += matched[i] >= depth ? static_cast<double>(loads[i]) : 0.0;
+      // a class that is light enough needs no look at its holders
+      if (!node.alarm && node.load <= confidence_ * std::sqrt(node.squares)) continue;
+      std::int64_t holders = 0, on_holders = 0;
+      for (std::size_t i = 0; i < n; ++i) {  // integers, which add up in any order
+        const std::int64_t held = -static_cast<std::int64_t>(matched[i] >= depth);
+        holders -= held;
+        on_holders += loads[i] & held;
       }
       if (holders == 0) break;  // a class that nobody holds cannot herd, nor can a deeper one
-      const double excess = excess_of(node, holders, static_cast<std::int64_t>(n), on_holders, everywhere);
+      const double excess = excess_of(node, holders, static_cast<std::int64_t>(n), static_cast<double>(on_holders),
+                                      static_cast<double>(everywhere));
       if (excess <= 0) continue;
       in_excess_.push_back(hashes_[c]);
       if (excess < widest) continue;
