@@ -7,6 +7,7 @@ from mulsched.policies.gated import aibrix, llm_d, preble, sglang_cache_aware
 from mulsched.policies.linear import bailian, dynamo, linear
 from mulsched.policies.lmetric import lmetric
 from mulsched.policies.load_only import least_loaded, power_of_two, random, round_robin, vllm
+from mulsched.policies.predicted import least_ttft, polyserve
 
 __all__ = [
     "Filter",
@@ -20,6 +21,7 @@ __all__ = [
     "get",
     "least_loaded",
     "least_p_tokens",
+    "least_ttft",
     "linear",
     "llm_d",
     "lmetric",
@@ -27,6 +29,7 @@ __all__ = [
     "names",
     "parameters",
     "parse_spec",
+    "polyserve",
     "power_of_two",
     "preble",
     "random",
