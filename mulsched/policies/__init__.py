@@ -8,6 +8,7 @@ from mulsched.policies.guarded import lmetric_guarded, lmetric_paper_detector
 from mulsched.policies.linear import bailian, dynamo, linear
 from mulsched.policies.lmetric import lmetric
 from mulsched.policies.load_only import least_loaded, power_of_two, random, round_robin, vllm
+from mulsched.policies.predicted import least_ttft, polyserve
 
 __all__ = [
     "Filter",
@@ -21,6 +22,7 @@ __all__ = [
     "get",
     "least_loaded",
     "least_p_tokens",
+    "least_ttft",
     "linear",
     "llm_d",
     "lmetric",
@@ -30,6 +32,7 @@ __all__ = [
     "names",
     "parameters",
     "parse_spec",
+    "polyserve",
     "power_of_two",
     "preble",
     "random",
