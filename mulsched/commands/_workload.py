@@ -88,7 +88,7 @@ def generate(
     rate_per_s: float | None = None,
     rate_scale: float = 1.0,
 ) -> Trace:
-    """Return a synthetic trace by name, by default of its own length; the rate of a burst is its background's.
+    """Return a synthetic trace by name, by default of its own length; a burst's rate is its background's.
 
     Raises as :func:`~mulsched.replay.synthetic_trace` and :func:`~mulsched.replay.burst_trace`.
     """

@@ -71,7 +71,7 @@ class Burst:
 
     background: str
     hot: tuple[HotClass, ...]
-    duration_s: float = 240.0
+    duration_s: float = 180.0
 
     def __post_init__(self) -> None:
         if self.background not in WORKLOADS:
@@ -88,7 +88,7 @@ class Burst:
 
 
 def _between(share_ratio: float, trunk: int, suffix: int, output: int) -> HotClass:
-    return HotClass(share_ratio, trunk, suffix, output, start_s=60.0, end_s=150.0)
+    return HotClass(share_ratio, trunk, suffix, output, start_s=45.0, end_s=120.0)
 
 
 def _thinking(share_ratio: float) -> HotClass:
@@ -99,12 +99,12 @@ BURSTS = {
     "hot_class": Burst("chat", (_between(0.4, 16_384, 128, 300),)),
     "hot_classes": Burst("chat", (_between(0.05, 16_384, 128, 300),) * 8),
     "hot_long_output": Burst("chat", (_between(0.4, 16_384, 128, 1500),)),
-    "hot_growing": Burst("chat", (replace(_between(0.6, 16_384, 128, 600), ramp_s=90.0),)),
+    "hot_growing": Burst("chat", (replace(_between(0.6, 16_384, 128, 600), ramp_s=75.0),)),
     "hot_common_trunk": Burst("chat", (replace(_between(0.08, 16_384, 128, 600), common_tokens=12_288),) * 5),
     "hot_short_trunk": Burst("chat", (_between(0.4, 4096, 128, 300),)),
     "hot_identical": Burst("chat", (replace(_between(0.5, 16_384, 0, 300), seeded=False),)),
     "hot_everywhere": Burst(
-        "chat", (replace(_between(0.2, 4096, 0, 300), start_s=0.0, end_s=240.0, seeded=False),) * 4
+        "chat", (replace(_between(0.2, 4096, 0, 300), start_s=0.0, end_s=180.0, seeded=False),) * 4
     ),
     "hot_thinking": Burst("thinking", (_thinking(0.5),), duration_s=720.0),
     "hot_thinking_pair": Burst("thinking", (_thinking(0.125),) * 2, duration_s=720.0),
@@ -112,8 +112,8 @@ BURSTS = {
 """Bursts by name. On 16 instances a class whose prefix has one holder is over its share above 1/16.
 
 ``hot_class``: one class over its share. ``hot_classes``: eight, each under it, together far over.
-``hot_long_output``: answers of 1,500 tokens, so that requests pile up. ``hot_growing``: rises for a minute
-and a half, then vanishes. ``hot_common_trunk``: five classes of one system prompt and different tools.
+``hot_long_output``: answers of 1,500 tokens, so that requests pile up. ``hot_growing``: rises all along, then
+vanishes at once. ``hot_common_trunk``: five classes of one system prompt and different tools.
 ``hot_short_trunk``: as ``hot_class`` with a prefix that is cheap to compute again. ``hot_identical``: equal
 prompts, on no instance when they start to come. ``hot_everywhere``: four prompts make up four fifths of the
 traffic all along, so that soon every instance holds them all. ``hot_thinking``, ``hot_thinking_pair``: one
