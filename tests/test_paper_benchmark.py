@@ -100,7 +100,9 @@ def test_late_runs_of_lmetric_are_no_repeats():
 
 def test_the_main_table_has_every_policy():
     cell = next(cell for cell in plan.cells() if cell.stage == "main")
-    assert {run.policy for run in plan.runs(cell, None)} >= set(policies.names()) - set(plan.ABLATIONS)
+    detectors = {"lmetric_guarded", "lmetric_paper_detector"}  # measured in benchmarks/failure
+    wanted = set(policies.names()) - set(plan.ABLATIONS) - detectors
+    assert {run.policy for run in plan.runs(cell, None)} >= wanted
 
 
 def test_policies_that_predict_are_given_the_engine_s_speed_and_go_by_their_name():
