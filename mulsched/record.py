@@ -34,9 +34,9 @@ VERSION = 1
 class Recorder:
     """Writes decisions, first tokens and ends to a new file.
 
-    It stands beside a router, whichever way decisions are made: give it what ``route`` or ``dispatch`` booked,
-    and what the router is told of later. ``block_size``: the router's. ``known_keys``: how many block keys are
-    remembered, about 130 bytes each (262,144: 35 MB); arbitrary.
+    It stands beside a router, however decisions are made: give it what ``route`` or ``dispatch`` booked, and
+    what the router is told of later. ``block_size``: the router's. ``known_keys``: how many block keys are
+    remembered, about 110 bytes each; the default, arbitrary, takes 29 MB.
 
     Lines are buffered: ``flush`` writes them, ``close`` too, and a process that is killed loses the buffer
     and tears at most the last line. Each call takes one lock, so threads may share a recorder.
@@ -54,7 +54,7 @@ class Recorder:
         self._decision_of: dict[int, int] = {}
         self._lock = threading.Lock()
         header = {"format": FORMAT, "version": VERSION, "block_size": self._block_size, "columns": COLUMNS}
-        self._file = Path(path).open("x", encoding="utf-8", newline="\n")
+        self._file = Path(path).open("x", encoding="utf-8", newline="\n")  # noqa: SIM115 closed by close()
         self._write(header)
 
     def dispatched(self, decision: Decision, *, now: float, request_id: Hashable = None) -> None:

@@ -45,10 +45,11 @@ _LEAST_PREFIX_RATIO = 0.5
 class WindowClass:
     """Requests of a window that share a prefix.
 
-    ``request``: the trace's position of the first of them; its first ``prefix_tokens`` tokens are the prefix.
-    ``share_ratio``, ``work_share_ratio``: its part of the window's requests and of their work. ``holders``: how
-    many instances had the prefix, the lower median over the class's arrivals that found any; 0 if none did.
-    ``margin``, ``work_margin``: ``holders / instances`` less either share. ``verdict``: the worse of both.
+    ``request``: the trace's position of the first of them; its first ``prefix_tokens`` tokens are the
+    prefix. ``share_ratio``, ``work_share_ratio``: its part of the window's requests and of their work.
+    ``holders``: how many instances had the prefix, the lower median over the class's arrivals that found
+    any; 0 if none did. ``margin``, ``work_margin``: ``holders / instances`` less either share; see
+    :func:`~mulsched.failure_condition.count_margin` for 0. ``verdict``: the worse of both.
     """
 
     request: int
@@ -66,11 +67,11 @@ class WindowClass:
 class Window:
     """What the condition and the replays say of the requests that arrive in ``[start_s, end_s)``.
 
-    ``classes``: the worst by margin first, none inside another. ``margin``, ``work_margin``: the smallest over
-    these classes and all sets of them (``worst_set``); 1 without classes. ``ttft_ratio``, ``tpot_ratio``: the
-    mean under LMetric over that under load-only (``least_loaded``), NaN where there is none; ``ttft_noise``,
-    ``tpot_noise``: by how much ties alone move the former, as a ratio. ``lost``: the figures in which LMetric is
-    worse by more than that.
+    ``classes``: the worst by margin first, none inside another. ``margin``, ``work_margin``: the smallest
+    over these classes and all sets of them (``worst_set``); 1 without classes. ``ttft_ratio``,
+    ``tpot_ratio``: the mean under LMetric over that under load-only (``least_loaded``), NaN where there is
+    none; ``ttft_noise``, ``tpot_noise``: by how much ties alone move the former, as a ratio. ``lost``: the
+    figures in which LMetric is worse by more than that.
     """
 
     start_s: float
@@ -108,7 +109,8 @@ class TraceCheck:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON takes it; what is NaN is None."""
-        return {"at_risk": self.at_risk} | _without_nan(dataclasses.asdict(self))
+        fields: dict[str, Any] = _without_nan(dataclasses.asdict(self))
+        return {"at_risk": self.at_risk} | fields
 
 
 def _without_nan(value: Any) -> Any:
@@ -136,10 +138,11 @@ def check_trace(
     """Check every window of a trace: four replays, then the prefixes of each window.
 
     ``window_s``: 60 as in the paper. ``confidence``: standard deviations, 3 as the failure detector's.
-    ``classes``: of a window at most so many are kept, up to 16. Prefixes of under half of their requests' mean
-    prompt are no classes: they save so little that LMetric keeps no batch above twice another's for them. Other arguments
-    as :func:`~mulsched.replay.replay`; in a closed loop windows are by the arrivals under LMetric.
-    Deterministic. O(blocks log blocks) beside the replays. Raises InvalidArgument, and as ``replay``.
+    ``classes``: of a window at most so many are kept, up to 16. Prefixes of under half of their requests'
+    mean prompt are no classes: they save so little that LMetric keeps no batch above twice another's for
+    them. Other arguments as :func:`~mulsched.replay.replay`; in a closed loop windows are by the arrivals
+    under LMetric. Deterministic. O(blocks log blocks) beside the replays.
+    Raises InvalidArgument, and as ``replay``.
     """
     for name, value in (("window_s", window_s), ("confidence", confidence)):
         if not 0 < value < math.inf:
@@ -207,7 +210,9 @@ def _watched(
     matched = np.zeros((len(trace), options["instances"]), dtype=np.int32)
 
     def watch(columns: Columns, position: int) -> None:
-        matched[columns.request.request_id] = columns.matched_blocks
+        request = columns.request.request_id
+        assert isinstance(request, int), "a replay's requests are their positions in the trace"
+        matched[request] = columns.matched_blocks
 
     policy = dataclasses.replace(get("lmetric"), on_dispatch=watch)
     progress = None if told is None else lambda done, total: told(0, done, total)
@@ -222,7 +227,9 @@ class _Comparison:
     noise: Mapping[str, float]  # over the whole trace
 
     @classmethod
-    def of(cls, lmetric: ReplayResult, load_only: ReplayResult, repeats: Sequence[ReplayResult]) -> "_Comparison":
+    def of(
+        cls, lmetric: ReplayResult, load_only: ReplayResult, repeats: Sequence[ReplayResult]
+    ) -> "_Comparison":
         figures = {
             name: (value(lmetric), value(load_only), [value(repeat) for repeat in repeats])
             for name, value in (("ttft", _ttft), ("tpot", _tpot))
@@ -344,9 +351,7 @@ class _Search:
         is wanted where it falls. O(blocks log blocks).
         """
         whole = self.trace.prompt_tokens[self.members] // self.trace.block_size
-        ids = [
-            self.trace.block_ids(int(i))[:n] for i, n in zip(self.members, whole, strict=True)
-        ]
+        ids = [self.trace.block_ids(int(i))[:n] for i, n in zip(self.members, whole, strict=True)]
         lengths = np.array([len(x) for x in ids])
         if not lengths.sum():
             return []

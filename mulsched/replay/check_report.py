@@ -1,7 +1,7 @@
 """What a check of a trace shows: a table for the terminal, sentences, and a plot of the margin over time."""
 
 import math
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from mulsched.replay.plots import COLOURS, STYLE, Plot, new_figure
 
 __all__ = ["plot_check", "print_check", "sentences"]
 
+_GREY: dict[str, Any] = {"color": "#bbbbbb"}
+_HATCHED: dict[str, Any] = {"facecolor": "none", "edgecolor": COLOURS[3], "hatch": "///"}
 _HEADS = (
     "start s",
     "requests",
@@ -87,19 +89,16 @@ def sentences(check: TraceCheck) -> list[str]:
     n = len(check.windows)
     failing = [window for window in check.windows if window.verdict == "fails"]
     chance = sum(window.verdict == "chance" for window in check.windows)
-    lost = [window for window in check.windows if window.lost]
+    lost = sum(bool(window.lost) for window in check.windows)
     both = sum(bool(window.lost) for window in failing)
-    text = f"The condition fails in {len(failing)} of {n} windows" if failing else (
-        f"The condition fails in none of {n} windows"
-    )
+    fails = f"The condition fails in {len(failing)} of {n} windows"
     if chance:
-        text += f", and by no more than chance in {chance}"
-    said = [text + (": at risk." if failing else ": safe.")]
-    said.append(
-        f"By replay LMetric loses to load-only, by more than ties move it, in {len(lost)} of {n} windows, "
-        f"{both} of them among those where the condition fails."
-    )
-    return said
+        fails += f", and by no more than chance in {chance}"
+    return [
+        f"{fails}: {'at risk' if failing else 'safe'}.",
+        f"By replay LMetric loses to load-only, by more than ties move it, in {lost} of {n} windows, "
+        f"{both} of them where the condition fails.",
+    ]
 
 
 def plot_check(check: TraceCheck) -> Plot:
@@ -121,8 +120,8 @@ def plot_check(check: TraceCheck) -> Plot:
             axes.plot(middle, values, color=colour, marker=marker, markersize=4, label=name)
         axes.axhline(0, color="black", linewidth=1)
         for label, windows, style in (
-            ("condition fails", [w for w in check.windows if w.verdict == "fails"], {"color": "#bbbbbb"}),
-            ("LMetric loses by replay", [w for w in check.windows if w.lost], _HATCH),
+            ("condition fails", [w for w in check.windows if w.verdict == "fails"], _GREY),
+            ("LMetric loses by replay", [w for w in check.windows if w.lost], _HATCHED),
         ):
             for i, window in enumerate(windows):
                 named = label if i == 0 else None
@@ -137,6 +136,3 @@ def plot_check(check: TraceCheck) -> Plot:
         alt=" ".join(sentences(check)),
         figure=figure,
     )
-
-
-_HATCH = {"facecolor": "none", "edgecolor": COLOURS[3], "hatch": "///"}
