@@ -23,12 +23,15 @@ from mulsched.decision import Decision
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.indicators import COLUMNS
 from mulsched.load import check_count, check_now
+from mulsched.types import Keys
 
 __all__ = ["FORMAT", "VERSION", "Recorder"]
 
 FORMAT = "mulsched-router-log"
 VERSION = 1
 """The version that is written; every version up to it is read."""
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps makes one a call
 
 
 class Recorder:
@@ -88,16 +91,15 @@ class Recorder:
         if alarm is not None:
             line["alarm"] = str(alarm)
         keys = columns.request.keys
-        path = keys.tolist()
         with self._lock:
-            shared, line["decision"] = self._known(path), self._decisions
+            shared, line["decision"] = self._known(keys), self._decisions
             if shared:
-                line["shared"] = [self._decision_of[path[shared - 1]], shared]
-            if shared < len(path):
-                line["keys"] = b64encode(keys[shared:].astype("<u8").tobytes()).decode()
+                line["shared"] = [self._decision_of[int(keys[shared - 1])], shared]
+            if shared < len(keys):
+                line["keys"] = b64encode(keys[shared:].astype("<u8", copy=False).tobytes()).decode()
             self._write(line)
             # only now: a line that could not be written is nothing to refer to
-            self._remember(path[shared:])
+            self._remember(keys[shared:].tolist())
 
     def first_token(self, request_id: Hashable, *, now: float) -> None:
         """Record a request's first token. Raises InvalidType, InvalidArgument, ValueError (closed)."""
@@ -116,12 +118,12 @@ class Recorder:
         with self._lock:
             self._write(line)
 
-    def _known(self, path: list[int]) -> int:
+    def _known(self, keys: Keys) -> int:
         """Return how many leading blocks are in the table."""
-        low, high = 0, len(path)
+        low, high = 0, len(keys)
         while low < high:
             middle = (low + high) // 2
-            if path[middle] in self._decision_of:
+            if int(keys[middle]) in self._decision_of:
                 low = middle + 1
             else:
                 high = middle
@@ -136,7 +138,7 @@ class Recorder:
         self._decisions += 1
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.write(_ENCODER.encode(line) + "\n")
 
     def flush(self) -> None:
         """Write what is buffered. Raises OSError, ValueError (closed)."""

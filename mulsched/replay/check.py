@@ -161,16 +161,15 @@ def check_trace(
     )
     work = lmetric.finish_s - lmetric.arrival_s
     comparison = _Comparison.of(lmetric, load_only, repeats)
-    number = np.floor((lmetric.arrival_s - lmetric.arrival_s.min()) / window_s).astype(np.int64)
+    number = np.floor(lmetric.arrival_s / window_s)
     windows = []
     for w in np.unique(number).tolist():
         members = np.flatnonzero(number == w)
         search = _Search(trace, profile.block_size, members, matched[members], work[members], confidence)
-        start_s = float(lmetric.arrival_s.min()) + w * window_s
         windows.append(
             Window(
-                start_s,
-                start_s + window_s,
+                w * window_s,
+                (w + 1) * window_s,
                 len(members),
                 **search.judged(classes),
                 **comparison.within(members),
