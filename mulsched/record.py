@@ -87,9 +87,8 @@ class Recorder:
             "score": decision.score,
             "columns": columns.table[:, decision.position].tolist(),
         }
-        alarm = getattr(decision, "alarm", None)  # of a router with a failure detector
-        if alarm is not None:
-            line["alarm"] = str(alarm)
+        if decision.alarm is not None:
+            line["alarm"] = str(decision.alarm)
         keys = columns.request.keys
         with self._lock:
             shared, line["decision"] = self._known(keys), self._decisions

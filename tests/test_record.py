@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mulsched import Router
 from mulsched.errors import InvalidArgument, InvalidType, TraceError
+from mulsched.failure import FailureDetector
 from mulsched.record import FORMAT, VERSION, Recorder
 from mulsched.replay import read_trace, replay, synthetic_trace, validate_trace
 from mulsched.replay.profile import builtin_profile
@@ -74,6 +75,21 @@ def test_a_log_says_what_was_decided_and_when(tmp_path):
     assert header["columns"] == list(decision.indicators)
     assert first == {"event": "first_token", "t": 5.5, "id": "a"}
     assert finished == {"event": "finished", "t": 6.0, "id": "a", "output_tokens": 7}
+
+
+def test_an_alarm_is_written_in_words(tmp_path):
+    router = Router(detector=FailureDetector())
+    for i in range(4):
+        router.add_instance(f"i{i}", cache_blocks=1000)
+    router.route_keys(keys(*range(20)), prompt_tokens=321, request_id="first")
+    router.finish("first")  # one instance holds the prefix
+    with Recorder(tmp_path / "log") as recorder:
+        for i in range(40):
+            decision = router.route_keys(keys(*range(20)), prompt_tokens=321, request_id=i)
+            recorder.dispatched(decision, now=float(i))
+    assert decision.alarm is not None
+    assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["alarm"] == str(decision.alarm)
+    assert len(read_trace(tmp_path / "log")) == 40
 
 
 def test_a_prompt_text_is_nowhere_in_the_log(tmp_path):

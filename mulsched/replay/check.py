@@ -25,8 +25,9 @@ from mulsched.errors import InvalidArgument
 from mulsched.failure_condition import MAX_CLASSES, count_margin, worst_set
 from mulsched.indicators import Columns
 from mulsched.policies import get
+from mulsched.replay.parallel import replay_many
 from mulsched.replay.profile import Profile
-from mulsched.replay.simulator import Loop, ReplayResult, replay, replay_many
+from mulsched.replay.simulator import Loop, ReplayResult, replay
 from mulsched.replay.trace import Floats, Ints, Trace
 
 __all__ = ["TraceCheck", "Verdict", "Window", "WindowClass", "check_trace"]
