@@ -167,15 +167,8 @@ def check_trace(
     for w in np.unique(number).tolist():
         members = np.flatnonzero(number == w)
         search = _Search(trace, profile.block_size, members, matched[members], work[members], confidence)
-        windows.append(
-            Window(
-                w * window_s,
-                (w + 1) * window_s,
-                len(members),
-                **search.judged(classes),
-                **comparison.within(members),
-            )
-        )
+        judged = search.judged(classes) | comparison.within(members)
+        windows.append(Window(w * window_s, (w + 1) * window_s, len(members), **judged))
     return TraceCheck(
         trace=trace.name,
         synthetic=trace.synthetic,

@@ -15,17 +15,17 @@ from mulsched.replay.check_report import plot_check, sentences
 from mulsched.replay.plots import render
 
 PROFILE = builtin_profile("qwen2-7b-h20")
-HOT = Burst("chat", (HotClass(0.4, 16_384, 128, 300, start_s=30.0, end_s=60.0),), duration_s=90.0)
+HOT = Burst("api", (HotClass(0.6, 16_384, 64, 100, start_s=10.0, end_s=20.0),), duration_s=30.0)
 
 
 @pytest.fixture(scope="module")
 def burst():
-    return burst_trace(HOT, seed=0, rate_per_s=6.0)
+    return burst_trace(HOT, seed=0, rate_per_s=4.0)
 
 
 @pytest.fixture(scope="module")
 def checked(burst):
-    return check_trace(burst, profile=PROFILE, instances=8, window_s=30.0)
+    return check_trace(burst, profile=PROFILE, instances=6, window_s=10.0)
 
 
 def trace_of(prompts, *, block_size=16, tail=0):
@@ -65,17 +65,17 @@ def test_a_burst_is_at_risk_while_it_lasts(checked):
 
 
 def test_the_hot_class_is_the_worst_of_its_window(burst, checked):
-    hot = np.flatnonzero((burst.session < 0) & (burst.arrival_s >= 30) & (burst.arrival_s < 60))
+    hot = np.flatnonzero((burst.session < 0) & (burst.arrival_s >= 10) & (burst.arrival_s < 20))
     worst = checked.windows[1].classes[0]
     assert (worst.request, worst.requests, worst.prefix_tokens) == (hot[0], len(hot), 16_384)
     assert worst.share_ratio == len(hot) / checked.windows[1].requests
-    assert worst.margin == worst.holders / 8 - worst.share_ratio
+    assert worst.margin == worst.holders / 6 - worst.share_ratio
 
 
 def test_figures_of_a_window_are_those_of_the_two_policies(burst, checked):
-    options = {"profile": PROFILE, "instances": 8, "seed": 0}
+    options = {"profile": PROFILE, "instances": 6, "seed": 0}
     lmetric, load_only = (replay(burst, name, **options) for name in ("lmetric", "least_loaded"))
-    inside = (burst.arrival_s >= 30) & (burst.arrival_s < 60)
+    inside = (burst.arrival_s >= 10) & (burst.arrival_s < 20)
     several = burst.output_tokens > 1
     window = checked.windows[1]
     assert window.ttft_ratio == pytest.approx(lmetric.ttft_s[inside].mean() / load_only.ttft_s[inside].mean())
@@ -92,7 +92,7 @@ def test_every_request_is_in_one_window(burst, checked):
 
 
 def test_watching_changes_no_choice(burst):
-    options = {"profile": PROFILE, "instances": 8, "kv_blocks": 3000}
+    options = {"profile": PROFILE, "instances": 6, "kv_blocks": 3000}
     watched, _ = _watched(burst, options, 0, None)
     unseen = replay(burst, "lmetric", seed=0, **options)
     assert watched.instance.tolist() == unseen.instance.tolist()
@@ -100,7 +100,7 @@ def test_watching_changes_no_choice(burst):
 
 
 def test_the_chosen_instance_has_the_blocks_that_the_router_counted_on(burst):
-    result, matched = _watched(burst, {"profile": PROFILE, "instances": 8, "kv_blocks": 3000}, 0, None)
+    result, matched = _watched(burst, {"profile": PROFILE, "instances": 6, "kv_blocks": 3000}, 0, None)
     chosen = matched[np.arange(len(burst)), result.instance] * 16
     most = (burst.prompt_tokens - 1) // 16 * 16  # the last token is always computed
     assert np.minimum(chosen, most).tolist() == result.hit_tokens.tolist()
@@ -211,7 +211,7 @@ def test_windows_without_requests_are_left_out():
 
 
 def test_processes_change_nothing(burst, checked):
-    assert check_trace(burst, profile=PROFILE, instances=8, window_s=30.0, processes=2) == checked
+    assert check_trace(burst, profile=PROFILE, instances=6, window_s=10.0, processes=2) == checked
 
 
 def test_sentences_count_windows(checked):
