@@ -83,6 +83,15 @@ def test_figures_of_a_window_are_those_of_the_two_policies(burst, checked):
     assert window.tpot_ratio == pytest.approx(tpot[0] / tpot[1])
 
 
+def test_no_window_has_less_noise_than_the_trace(burst):
+    options = {"profile": PROFILE, "instances": 6}
+    mean = replay(burst, "lmetric", seed=0, **options).ttft_s.mean()
+    shifted = [replay(burst, "lmetric", seed=seed, ties="random", **options).ttft_s.mean() for seed in (1, 2)]
+    of_trace = max(abs(other / mean - 1) for other in shifted)
+    windows = check_trace(burst, profile=PROFILE, instances=6, window_s=1.0).windows
+    assert min(window.ttft_noise for window in windows) == pytest.approx(of_trace)
+
+
 def test_lmetric_loses_in_tpot_where_the_herd_is(checked):
     assert [window.lost for window in checked.windows] == [(), ("tpot",), ()]
 
@@ -111,6 +120,11 @@ def test_holders_are_those_of_the_median_arrival():
     has = [[2, 0, 0, 0], [2, 2, 0, 0], [2, 2, 0, 0], [2, 2, 2, 0], [1, 2, 2, 2]]
     ((described, requests, holders),) = search(prompts, has).classes()
     assert (described.holders, holders, requests.tolist()) == (2, {0, 1}, [0, 1, 2, 3, 4])
+
+
+def test_of_an_even_number_of_arrivals_the_lower_median_counts():
+    ((described, _, _),) = search([[0, 1]] * 4, [[2, 0, 0], [2, 0, 0], [2, 2, 2], [2, 2, 2]]).classes()
+    assert described.holders == 1
 
 
 def test_arrivals_that_find_no_holder_say_nothing_of_how_many_there_are():
@@ -160,6 +174,22 @@ def test_work_may_fail_where_requests_do_not():
     assert judged["margin"] == pytest.approx(0.25 - 0.2)
     assert judged["work_margin"] == pytest.approx(0.25 - 400 / 560)
     assert judged["verdict"] == "fails"
+
+
+def test_a_few_long_requests_are_no_evidence():
+    prompts = [[0]] * 4 + alone(1, 96)
+    judged = search(prompts, [[1, 0, 0, 0]] * 100, work=[200.0] * 4 + [1.0] * 96).judged(16)
+    assert judged["work_margin"] < -0.5
+    assert judged["verdict"] == "chance"
+
+
+def test_a_class_without_holders_adds_nothing_to_those_that_have_some():
+    prompts = [[0]] * 10 + [[1]] * 50 + alone(2, 40)
+    has = np.zeros((100, 100), dtype=np.int32)
+    has[:10, 0] = 1
+    judged = search(prompts, has).judged(16)
+    assert [found.holders for found in judged["classes"]] == [1, 0]
+    assert judged["verdict"] == "chance"
 
 
 def test_classes_may_fail_together_where_none_does_alone():
