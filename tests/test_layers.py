@@ -29,6 +29,7 @@ LAYERS = [
     ["failure"],
     ["policies"],
     ["decision"],
+    ["record"],
     ["router"],
     ["lifecycle"],
     ["testing"],
