@@ -5,10 +5,11 @@ from mulsched.replay.capacity import GPUS, MODELS, Gpu, ModelShape, kv_blocks
 from mulsched.replay.engine import EngineModel
 from mulsched.replay.fit import Fit, fit_profile
 from mulsched.replay.openai_log import load_tokenizer, read_openai_log
+from mulsched.replay.parallel import replay_many
 from mulsched.replay.profile import BUILTIN_PROFILES, Profile, builtin_profile, load_profile, roofline
 from mulsched.replay.readers import FORMATS, read_trace
 from mulsched.replay.request_times import RequestTimes, read_request_times
-from mulsched.replay.simulator import Disaggregation, ReplayResult, replay, replay_many
+from mulsched.replay.simulator import Disaggregation, ReplayResult, replay
 from mulsched.replay.step import CacheChange, StepLoad, StepResult
 from mulsched.replay.step_table import StepTable
 from mulsched.replay.step_time import FittedStep, MoeRoofline, Roofline, StepTime
