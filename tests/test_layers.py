@@ -17,6 +17,7 @@ LAYERS = [
     ["_backend"],
     ["_block_keys_py"],
     ["block_keys"],
+    ["openai_prompt"],
     ["_prefix_index_py"],
     ["prefix_index"],
     ["load"],
