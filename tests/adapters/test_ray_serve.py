@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections import Counter
 
 import pytest
@@ -61,6 +62,14 @@ def router_of(handle):
     return handle._router._asyncio_router._request_router
 
 
+def until(condition, timeout_s=30):
+    """Poll: Ray tells of ends and deaths from its own threads and processes, and gives nothing to wait for."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def chat(text):
     return {"messages": [{"role": "user", "content": text}]}
 
@@ -74,24 +83,24 @@ def test_a_conversation_stays_with_the_replica_that_holds_its_prefix(handle):
 
 def test_finished_requests_leave_nothing_booked(handle):
     handle.remote(chat("hello" * 100)).result(timeout_s=60)
-    assert len(router_of(handle).bodies.lifecycle) == 0
+    until(lambda: len(router_of(handle).bodies.lifecycle) == 0)
 
 
 def test_concurrent_requests_do_not_herd(handle):
     waiting = [handle.wait.remote(chat(f"{i} " * 500)) for i in range(4 * REPLICAS)]
     lifecycle = router_of(handle).bodies.lifecycle
-    while len(lifecycle) < len(waiting):
-        pass
-    booked = Counter(lifecycle.instance(i) for i in list(lifecycle._lives))
-    handle.broadcast("release")
-    for response in waiting:
-        response.result(timeout_s=60)
-    assert sorted(booked.values()) == [4] * REPLICAS
+    until(lambda: len(lifecycle) == len(waiting))
+    loads = [lifecycle.router.load(name) for name in lifecycle.router.instances]
+    handle.broadcast("release").results(timeout_s=60)
+    answers = Counter(response.result(timeout_s=60) for response in waiting)
+    assert [load["running"] + load["waiting"] for load in loads] == [4] * REPLICAS
+    assert sorted(answers.values()) == [4] * REPLICAS
 
 
 def test_a_killed_replica_is_forgotten_and_its_prefixes_go_elsewhere(handle):
     prompt = chat("z" * 4000)
     holder = handle.remote(prompt).result(timeout_s=60)
+    until(lambda: len(router_of(handle).bodies.lifecycle) == 0)
     before = set(router_of(handle).bodies.lifecycle.router.instances)
     with pytest.raises(Exception, match="died|crash|Error"):
         handle.die.remote(prompt).result(timeout_s=60)
@@ -100,4 +109,4 @@ def test_a_killed_replica_is_forgotten_and_its_prefixes_go_elsewhere(handle):
     assert holder not in elsewhere
     assert len(set(elsewhere)) == 1
     assert len(before - after) == 1
-    assert len(router_of(handle).bodies.lifecycle) == 0
+    until(lambda: len(router_of(handle).bodies.lifecycle) == 0)
