@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from mulsched.adapters._bodies import BodyRouter
+from mulsched.lifecycle import Lifecycle
 
 __all__ = ["INSTANCE", "LMetricMiddleware"]
 
@@ -62,43 +63,42 @@ class LMetricMiddleware:
             await _refuse(send)
             return
         instance = self.bodies.reserve(body, request_id=request_id, now=self._clock())
-        answer = _Answer()
 
         async def replay() -> Message:
             return parts.pop(0) if parts else await receive()
 
-        async def watch(message: Message) -> None:
-            if answer.begins(message):
-                lifecycle.first_token(request_id, now=self._clock())
-            await send(message)
-            answer.sent(message)
-
         state = {**scope.get("state", {}), INSTANCE: instance}
+        watch = Watch(send, lifecycle, request_id, self._clock)
+        await watch.run(self._app, {**scope, "state": state}, replay)
+
+
+class Watch:
+    """Signals a request's first token and its end by the messages of its answer."""
+
+    def __init__(self, send: Send, lifecycle: Lifecycle, request_id: str, clock: Callable[[], float]) -> None:
+        self._send = send
+        self._lifecycle = lifecycle
+        self._request_id = request_id
+        self._clock = clock
+        self._good = self._begun = self._whole = False
+
+    async def run(self, app: App, scope: Message, receive: Receive) -> None:
+        """Run the application on the request. Raises what it raises."""
         try:
-            await self._app({**scope, "state": state}, replay, watch)
+            await app(scope, receive, self._look)
         finally:
-            end = lifecycle.finish if answer.whole else lifecycle.cancel
-            end(request_id, now=self._clock())
+            end = self._lifecycle.finish if self._whole else self._lifecycle.cancel
+            end(self._request_id, now=self._clock())
 
-
-class _Answer:
-    """How far the answer to a request has come."""
-
-    def __init__(self) -> None:
-        self._good = self._begun = self.whole = False
-
-    def begins(self, message: Message) -> bool:
-        """Return whether this message has the first part of a good answer's body."""
+    async def _look(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._good = message["status"] < 400
         elif self._good and not self._begun and message.get("body"):
             self._begun = True
-            return True
-        return False
-
-    def sent(self, message: Message) -> None:
+            self._lifecycle.first_token(self._request_id, now=self._clock())
+        await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.whole = self._good
+            self._whole = self._good
 
 
 async def _read(receive: Receive) -> tuple[list[Message], Any]:

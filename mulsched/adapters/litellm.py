@@ -89,7 +89,7 @@ class LMetricStrategy(CustomRoutingStrategyBase):  # type: ignore[misc]
     ) -> Any:
         """Return an element of the router's model list."""
         cooling = set(get_cooldown_deployments(ctx=self._router._core_ctx, parent_otel_span=None))
-        deployments = self._router.get_model_list(model_name=model) or []
+        deployments = self._router.registry().deployments(model) or []
         healthy = [each for each in deployments if each["model_info"]["id"] not in cooling]
         return self._choose(model, healthy, messages, input, request_kwargs)
 
@@ -105,7 +105,7 @@ class LMetricStrategy(CustomRoutingStrategyBase):  # type: ignore[misc]
             healthy = [healthy]
         if not healthy:
             raise NoEligibleInstance(f"no deployment of {model!r} is available")
-        self.bodies.set_instances(self._router.get_model_ids())
+        self.bodies.set_instances(self._router.registry().names(kind="ids"))
         by_id = {each["model_info"]["id"]: each for each in healthy}
         kwargs = {} if request_kwargs is None else request_kwargs
         prompt = {"messages": messages} if messages else {"prompt": given if given else kwargs.get("prompt")}
@@ -119,6 +119,7 @@ class _Ends(CustomLogger):  # type: ignore[misc]
 
     def __init__(self, bodies: BodyRouter, clock: Callable[[], float]) -> None:
         super().__init__()
+        self.key = uuid.uuid4().hex  # LiteLLM drops a logger whose class and public fields it has already
         self._lifecycle = bodies.lifecycle
         self._clock = clock
 

@@ -29,14 +29,17 @@ class Engines:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def answer(self, name):
+    def handler(self, name):
         from aiohttp import web
 
-        self.asked.append(name)
-        await self.gate.wait()
-        if name in self.failing:
-            return web.json_response({"error": "broken"}, status=500)
-        return web.json_response(ANSWER)
+        async def answer(request):
+            self.asked.append(name)
+            await self.gate.wait()
+            if name in self.failing:
+                return web.json_response({"error": "broken"}, status=500)
+            return web.json_response(ANSWER)
+
+        return answer
 
 
 @asynccontextmanager
@@ -49,7 +52,7 @@ async def engines_behind_litellm(**options):
     engines, runners, models = Engines(), [], []
     for name in ("d0", "d1", "d2"):
         app = web.Application()
-        app.router.add_post("/v1/chat/completions", lambda _, name=name: engines.answer(name))
+        app.router.add_post("/v1/chat/completions", engines.handler(name))
         runners.append(web.AppRunner(app))
         await runners[-1].setup()
         site = web.TCPSite(runners[-1], "127.0.0.1", 0)
@@ -108,10 +111,11 @@ def test_a_failed_deployment_cools_down_and_its_request_is_tried_elsewhere():
     async def run():
         async with engines_behind_litellm(num_retries=2) as (engines, router, lifecycle):
             await router.acompletion(**chat("a" * 1000))
+            await until(lambda: len(lifecycle) == 0)
             engines.failing = {engines.asked[0]}
             for _ in range(3):
                 await router.acompletion(**chat("a" * 1000))
-            await until(lambda: len(lifecycle) == 0)
+                await until(lambda: len(lifecycle) == 0)
             return engines.asked
 
     first, again, *elsewhere = asyncio.run(run())
@@ -124,8 +128,10 @@ def test_synchronous_calls_respect_cooldowns_too():
     async def run():
         async with engines_behind_litellm(num_retries=2) as (engines, router, lifecycle):
             await router.acompletion(**chat("a" * 1000))
+            await until(lambda: len(lifecycle) == 0)
             engines.failing = {engines.asked[0]}
             await router.acompletion(**chat("a" * 1000))
+            await until(lambda: len(lifecycle) == 0)
             await asyncio.to_thread(router.completion, **chat("a" * 1000))
             await until(lambda: len(lifecycle) == 0)
             return engines.asked
@@ -138,9 +144,22 @@ def test_a_request_that_fails_everywhere_leaves_nothing_booked():
     async def run():
         async with engines_behind_litellm(num_retries=0) as (engines, router, lifecycle):
             engines.failing = {"d0", "d1", "d2"}
-            with pytest.raises(Exception, match="broken"):
+            with pytest.raises(Exception, match="500"):
                 await router.acompletion(**chat("a"))
             await until(lambda: len(lifecycle) == 0)
-            return lifecycle.counts
+            return lifecycle.router.instances, [lifecycle.router.index.blocks(d) for d in ("d0", "d1", "d2")]
 
-    assert asyncio.run(run()).expired == 0
+    assert asyncio.run(run()) == (("d0", "d1", "d2"), [0, 0, 0])
+
+
+def test_two_routers_in_one_process_each_hear_of_their_own_requests():
+    async def run():
+        async with (
+            engines_behind_litellm() as (_, router, lifecycle),
+            engines_behind_litellm() as (_, other, others),
+        ):
+            await router.acompletion(**chat("a"))
+            await other.acompletion(**chat("b"))
+            await until(lambda: len(lifecycle) == len(others) == 0)
+
+    asyncio.run(run())
