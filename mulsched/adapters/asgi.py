@@ -87,15 +87,18 @@ class Watch:
         try:
             await app(scope, receive, self._look)
         finally:
-            end = self._lifecycle.finish if self._whole else self._lifecycle.cancel
-            end(self._request_id, now=self._clock())
+            self._signal(self._lifecycle.finish if self._whole else self._lifecycle.cancel)
+
+    def _signal(self, signal: Callable[..., bool]) -> None:
+        if self._lifecycle.instance(self._request_id) is not None:  # else never booked, or lost with it
+            signal(self._request_id, now=self._clock())
 
     async def _look(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._good = message["status"] < 400
         elif self._good and not self._begun and message.get("body"):
             self._begun = True
-            self._lifecycle.first_token(self._request_id, now=self._clock())
+            self._signal(self._lifecycle.first_token)
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._whole = self._good

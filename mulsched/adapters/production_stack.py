@@ -25,8 +25,8 @@ try:
     from vllm_router.routers.routing_logic import PrefixAwareRouter
 except ImportError as error:
     raise MissingExtra(
-        "the production-stack adapter needs vllm_router, which pip cannot install by name: "
-        "see mulsched[production-stack] in docs/adapters.md"
+        "the production-stack adapter needs vllm_router from the repository vllm-project/production-stack: "
+        "no package index has it, the vllm-router that pip finds is another project"
     ) from error
 
 __all__ = ["LMetricRouter", "install"]
@@ -48,10 +48,11 @@ class LMetricRouter(PrefixAwareRouter):  # type: ignore[misc]
     """Sends a request to the endpoint of the smallest score, and books it there in the same step.
 
     A failover asks again with the endpoints that are left: the booking moves. An endpoint that is not
-    offered keeps its state for ``forget_after_s``, since a failover hides endpoints for one request only.
+    offered keeps its state for ``forget_after_s`` (the default is arbitrary), since a request hides endpoints
+    that failed it or serve other models.
     """
 
-    def __init__(self, bodies: BodyRouter, clock: Callable[[], float], forget_after_s: float = 60.0) -> None:
+    def __init__(self, bodies: BodyRouter, clock: Callable[[], float], forget_after_s: float = 600.0) -> None:
         # the parent's trie is not wanted: it grows without bound
         self.bodies = bodies
         self._clock = clock
