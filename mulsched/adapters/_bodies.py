@@ -16,9 +16,11 @@ from mulsched.openai_prompt import Prompt, parse_prompt
 from mulsched.router import PolicyLike, Router
 from mulsched.types import Namespace
 
-__all__ = ["BodyRouter"]
+__all__ = ["BodyRouter", "as_body"]
 
 CHARACTERS_PER_TOKEN = 4
+_PROMPTS = ("messages", "prompt", "input")
+_SHARED = ("model", "cache_salt", "tools")
 
 
 class BodyRouter:
@@ -96,8 +98,12 @@ def as_body(value: Any) -> Mapping[str, Any] | None:
     if isinstance(value, str):
         return {"prompt": value}
     if isinstance(value, Mapping):
-        return value if value.keys() & {"messages", "prompt", "input"} else None
-    names = [name for name in ("model", "cache_salt", "tools", "messages", "prompt", "input") if hasattr(value, name)]
+        return value if value.keys() & set(_PROMPTS) else None
+    names = [
+        name
+        for name in ("model", "cache_salt", "tools", "messages", "prompt", "input")
+        if hasattr(value, name)
+    ]
     body = {name: _plain(getattr(value, name)) for name in names}
     return body if body.keys() & {"messages", "prompt", "input"} else None
 

@@ -80,7 +80,9 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         request_id = pending_request.metadata.internal_request_id
         arguments = [*pending_request.args, *pending_request.kwargs.values()]
         body = next((body for body in map(as_body, arguments) if body is not None), None)
-        name = self.bodies.reserve(body, request_id=request_id, now=self._clock(), candidates=free or replicas)
+        name = self.bodies.reserve(
+            body, request_id=request_id, now=self._clock(), candidates=free or replicas
+        )
 
         def on_done(future: Any) -> None:
             if future.cancelled():  # the caller went while the request waited for a replica

@@ -63,7 +63,6 @@ class Proxy:
             raise self.error
 
 
-
 def test_the_application_gets_the_body_that_was_read_for_it():
     proxy = Proxy()
     asyncio.run(post(proxy.app, chat("hello"), parts=3))
@@ -171,7 +170,9 @@ def test_a_starlette_proxy_streams_from_the_instance_that_holds_the_prefix():
         return StreamingResponse(iter([answer.content]))
 
     async def run():
-        app = LMetricMiddleware(Starlette(routes=[Route("/", forward, methods=["POST"])]), instances=INSTANCES)
+        app = LMetricMiddleware(
+            Starlette(routes=[Route("/", forward, methods=["POST"])]), instances=INSTANCES
+        )
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as client:
             answers = [(await client.post("/", content=chat(t * 1000))).json()["engine"] for t in "aabbcc"]

@@ -12,7 +12,7 @@ from mulsched.errors import MissingExtra
 
 @pytest.mark.parametrize(
     ("module", "framework", "extra"),
-    [("ray_serve", "ray", "ray"), ("litellm", "litellm", "litellm"), ("dynamo", "dynamo", "dynamo")],
+    [("ray_serve", "ray", "ray"), ("litellm", "litellm", "litellm")],
 )
 def test_without_its_framework_an_adapter_names_the_extra(monkeypatch, module, framework, extra):
     monkeypatch.setitem(sys.modules, framework, None)
@@ -33,7 +33,10 @@ class Message:
         ({"prompt": "hello", "n": 1}, {"prompt": "hello", "n": 1}),
         ({"n": 1}, None),
         (SimpleNamespace(prompt=[1, 2]), {"prompt": [1, 2]}),
-        (SimpleNamespace(messages=[Message()], model="m"), {"messages": [Message().model_dump(True)], "model": "m"}),
+        (
+            SimpleNamespace(messages=[Message()], model="m"),
+            {"messages": [Message().model_dump(True)], "model": "m"},
+        ),
         (7, None),
         (None, None),
     ],
