@@ -15,7 +15,11 @@ async def main() -> None:
     models = [
         {
             "model_name": "mock",
-            "litellm_params": {"model": "openai/mock", "api_base": f"http://127.0.0.1:{port}/v1", "api_key": "-"},
+            "litellm_params": {
+                "model": "openai/mock",
+                "api_base": f"http://127.0.0.1:{port}/v1",
+                "api_key": "-",
+            },
             "model_info": {"id": str(port)},
         }
         for port in (8000, 8001, 8002)
