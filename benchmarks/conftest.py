@@ -12,6 +12,11 @@ from mulsched._native import PrefixIndex as NativeIndex
 from mulsched._prefix_index_py import PrefixIndexPy
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return 0: what is timed must have the machine to itself."""
+    return 0
+
+
 @pytest.fixture(scope="session")
 def quick(request):
     return request.config.getoption("benchmark_disable")

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "prefix_tree.hpp"
+#include "prefix_tree_check.hpp"
 
 namespace mulsched {
 
@@ -178,7 +179,7 @@ class PrefixIndex {
 
   std::string check() const {
     const std::shared_lock lock(mutex_);
-    return broken_ ? kBroken : tree_.check();
+    return broken_ ? kBroken : PrefixTreeCheck::run(tree_);
   }
 
   struct Edge {

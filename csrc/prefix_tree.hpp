@@ -1,6 +1,6 @@
 // The tree under the prefix index: nodes, edges, holders, and the canonical form.
 //
-// Invariants, checked by check() under these numbers:
+// Invariants, checked under these numbers by prefix_tree_check.hpp:
 //   1. Every node but the root has a non-empty edge, its first key is its key in the parent's child map,
 //      and it starts where its parent ends.
 //   2. A node's holders are sorted by row, without duplicates; every block of an edge has exactly the
@@ -21,7 +21,6 @@
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -297,49 +296,12 @@ class PrefixTree {
     for (NodeId id = rows_[row].head; id != kNone; id = find_holder(node(id), row)->next) visit(id);
   }
 
-  // Empty if every invariant holds, else the number of a broken one and where.
-  std::string check() const {
-    std::size_t nodes = 0, ids = 0;
-    std::int64_t unique = 0;
-    std::string broken;
-    const auto fail = [&broken](int invariant, const std::string& where) {
-      if (broken.empty()) broken = "invariant " + std::to_string(invariant) + ": " + where;
-    };
-    std::vector<std::int64_t> held_blocks(rows_.size(), 0), held_nodes(rows_.size(), 0);
-    for_each_node([&](NodeId id, const Node& n) {
-      const std::string where = "node " + std::to_string(id);
-      ++nodes;
-      if (n.keys.empty() || node(n.parent).children.find(n.keys[0]) != id || n.start != node(n.parent).end())
-        fail(1, where);
-      for (std::size_t i = 0; i < n.holders.size(); ++i) {
-        const Row row = n.holders[i].row;
-        if (row >= rows_.size() || !rows_[row].used || (i > 0 && n.holders[i - 1].row >= row)) {
-          fail(2, where);
-          return;
-        }
-        held_blocks[row] += n.length();
-        ++held_nodes[row];
-      }
-      if (n.holders.empty() && n.children.size() == 0) fail(3, where);
-      if (mergeable(n.parent, id)) fail(4, where);
-      if (!n.ids.empty() && n.ids.size() != n.keys.size()) fail(7, where);
-      for (std::size_t i = 0; i < n.ids.size(); ++i)
-        if (block(n.ids[i]).node != id || block(n.ids[i]).depth != n.start + i) fail(7, where);
-      ids += n.ids.size();
-      if (!n.holders.empty()) unique += n.length();
-    });
-    for (Row row = 0; row < rows_.size() && broken.empty(); ++row)
-      check_row(row, held_blocks[row], held_nodes[row], fail);
-    if (nodes != live_nodes_ - 1) fail(1, "nodes out of reach");
-    if (ids != live_blocks_) fail(7, "block ids out of reach");
-    if (unique != unique_blocks_) fail(9, "count of unique blocks");
-    return broken;
-  }
-
   // Forgets that a block is named once more than another; true if that was its last name.
   bool drop_name(Row row, BlockId block) { return !take_one(rows_[row].extra_names, block); }
 
  private:
+  friend class PrefixTreeCheck;
+
   static constexpr std::size_t kChunk = 256;  // nodes must not move while they are being changed
 
   // Where a block with an engine hash is. Of a free id, `node` is the next free id.
@@ -480,41 +442,6 @@ class PrefixTree {
     upper.children = std::move(lower.children);
     upper.children.for_each([&](Key, NodeId grandchild) { node(grandchild).parent = upper_id; });
     free_node(lower_id);
-  }
-
-  template <class Fail>
-  void check_row(Row row, std::int64_t held_blocks, std::int64_t held_nodes, const Fail& fail) const {
-    const RowState& state = rows_[row];
-    const std::string where = "row " + std::to_string(row);
-    std::vector<char> seen(chunks_.size() * kChunk, 0);
-    NodeId prev = kNone;
-    std::int64_t listed = 0;
-    for (NodeId id = state.head; id != kNone;) {
-      const Holder* holder = find_holder(node(id), row);
-      if (holder == nullptr || holder->prev != prev || seen[id]) return fail(5, where);
-      if (state.bounded())
-        for (NodeId up = node(id).parent; up != kRoot; up = node(up).parent)
-          if (seen[up]) return fail(6, where);
-      seen[id] = 1;
-      ++listed;
-      prev = id;
-      id = holder->next;
-    }
-    if (state.tail != prev || listed != held_nodes || state.blocks != held_blocks ||
-        (state.bounded() && state.blocks > state.capacity))
-      fail(5, where);
-    if (!state.named) return;
-    std::int64_t names = 0, extra = 0;
-    bool held = true;
-    state.names.for_each([&](std::uint64_t, BlockId id) {
-      ++names;
-      if (id >= block_chunks_.size() * kChunk || !holds(block(id).node, row)) held = false;
-    });
-    state.extra_names.for_each([&extra](std::uint64_t, std::uint32_t more) { extra += more; });
-    state.extra_copies.for_each([&](std::uint64_t hash, std::uint32_t more) {
-      if (more == 0 || state.names.find(hash) == FlatMap::kAbsent) held = false;
-    });
-    if (!held || names - extra != state.blocks) fail(8, where);
   }
 
   std::vector<std::unique_ptr<Node[]>> chunks_;

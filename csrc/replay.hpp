@@ -35,6 +35,7 @@ struct Pool {
   std::int64_t first;  // number of its first instance
   FusedScore score;    // without columns: ask the policy
   Ties ties;
+  bool tell_ends = false;  // the policy keeps account of requests
   PrefixIndex index;
   HolderMasks masks;  // in place of the index, if the replay is masked
   std::vector<Engine> engines;
@@ -56,6 +57,8 @@ class ReplayHost {
   virtual std::int64_t choose(std::size_t pool, std::int64_t request, double now, const Key* keys,
                               std::size_t n_keys, const Pool& state) = 0;
   virtual bool go_on(std::int64_t finished) = 0;
+  // The router hears that a request has ended; asked only of pools that want to know.
+  virtual void ended(std::size_t pool, std::int64_t request) = 0;
 };
 
 class Replay {
@@ -343,6 +346,7 @@ class Replay {
     } else {
       pool.at(kLoadRunning, news.row) -= 1;
       pool.at(kLoadContext, news.row) -= trace_.prompt_tokens[news.request];
+      if (pool.tell_ends) host_.ended(news.pool, news.request);
     }
     if (!options_.predicted) return;
     const std::size_t n_prompt = request_keys(trace_, news.request, options_.block_size, keys_).n_prompt;

@@ -102,6 +102,22 @@ cdef extern from "select.hpp" namespace "mulsched" nogil:
         const CFusedScore&, Ties, uint64_t, int64_t, const int64_t*, const int64_t*, size_t,
         double*) noexcept
 
+cdef extern from "failure.hpp" namespace "mulsched" nogil:
+    cdef cppclass CClassFound "mulsched::ClassFound":
+        int64_t depth
+        uint64_t hash
+        double load
+        int64_t holders
+
+    cdef cppclass COccupancy "mulsched::Occupancy":
+        COccupancy(double) except +
+        double load()
+        size_t nodes()
+        CClassFound examine(const uint64_t*, size_t, const int64_t*, const int64_t*, size_t) except +
+        size_t dispatch(const uint64_t*, size_t, const int64_t*, const int64_t*, size_t, double, CClassFound&,
+                        vector[uint64_t]&) except +
+        void end(size_t, vector[uint64_t]&) except +
+
 SOURCE_DIGEST = (<bytes> MULSCHED_SOURCE_DIGEST).decode()
 """Digest of the sources this module was built from; tests/test_build.py compares it with the checkout."""
 
@@ -559,3 +575,59 @@ def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prom
         raise ValueError(f"{candidates.length()} candidates need as many scores, got {values.length()}")
     return c_score_and_pick(score.score, score.ties, score.seed, decision, <const int64_t*> candidates.view.buf,
                             table, candidates.length(), <double*> values.view.buf)
+
+
+# -- failure detector -----------------------------------------------------------------------------------
+
+cdef class Occupancy:
+    """Load in flight by prefix class; the twin is OccupancyPy, the checks are FailureDetector's."""
+
+    cdef unique_ptr[COccupancy] core
+
+    def __cinit__(self, double confidence):
+        self.core.reset(new COccupancy(confidence))
+
+    @property
+    def load(self):
+        """The weight of all requests in flight."""
+        return self.core.get().load()
+
+    def nodes(self):
+        """Return how many classes have a request in flight."""
+        return self.core.get().nodes()
+
+    def examine(self, keys, table, size_t loads):
+        """Return depth, hash, load and holders of the class in alarm on this path, depth 0 for none."""
+        cdef Words path = words_of(keys), columns = words_of(table, PyBUF_SIMPLE, 2)
+        cdef size_t n = <size_t> columns.view.shape[1]
+        cdef const int64_t* values = <const int64_t*> columns.view.buf
+        cdef CClassFound found
+        self.check(columns, loads)
+        found = self.core.get().examine(
+            <const uint64_t*> path.view.buf, path.length(), values, values + loads * n, n)
+        return None if found.depth == 0 else (found.depth, found.hash, found.load, found.holders)
+
+    def dispatch(self, keys, table, size_t loads, double weight):
+        """Count a request in; return its slot, what examine finds and the classes that left alarm."""
+        cdef Words path = words_of(keys), columns = words_of(table, PyBUF_SIMPLE, 2)
+        cdef size_t n = <size_t> columns.view.shape[1]
+        cdef const int64_t* values = <const int64_t*> columns.view.buf
+        cdef CClassFound found
+        cdef vector[uint64_t] released
+        cdef size_t slot
+        self.check(columns, loads)
+        slot = self.core.get().dispatch(
+            <const uint64_t*> path.view.buf, path.length(), values, values + loads * n, n, weight, found, released)
+        return (slot, None if found.depth == 0 else (found.depth, found.hash, found.load, found.holders),
+                released if released.size() > 0 else ())
+
+    cdef int check(self, Words columns, size_t loads) except -1:
+        if columns.length() != kColumns or loads >= kColumns:
+            raise ValueError(f"{kColumns} columns expected, got {columns.length()} and loads in {loads}")
+        return 0
+
+    def end(self, size_t slot):
+        """Count a request out; return the classes in alarm that have nobody in flight any more."""
+        cdef vector[uint64_t] released
+        self.core.get().end(slot, released)
+        return released if released.size() > 0 else ()

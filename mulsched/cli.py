@@ -5,13 +5,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from mulsched.commands import info, mock_engine, replay, report, trace
+from mulsched.commands import check, info, mock_engine, replay, report, trace
 from mulsched.errors import MulschedError
 
 __all__ = ["main"]
 
 COMMANDS = (
     replay,
+    check,
     report,
     trace,
     mock_engine,

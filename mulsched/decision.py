@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mulsched.failure import Alarm
 from mulsched.indicators import COLUMNS, Columns
 
 __all__ = ["Decision"]
@@ -16,7 +17,8 @@ class Decision:
     """Which instance, and everything the choice was made from.
 
     ``columns`` are the candidates' indicators at that moment; ``scores``, shape ``(n,)``, is NaN where a
-    filter excluded the candidate; ``position`` is the chosen one's place in both.
+    filter excluded the candidate; ``position`` is the chosen one's place in both. ``alarm``: what a
+    failure detector left candidates out for, if it did.
     """
 
     instance: str
@@ -26,6 +28,7 @@ class Decision:
     policy: str
     ties: str
     request_id: Hashable = None
+    alarm: Alarm | None = None
 
     @property
     def score(self) -> float:
@@ -88,4 +91,6 @@ class Decision:
         elif equal > 1:
             then = "the least recently chosen" if self.ties == "least_recent" else "a seeded draw"
             reason += f"; {equal} equal scores, the smallest batch wins, then {then}"
+        if self.alarm is not None:
+            reason += f"; {self.alarm}"
         return reason

@@ -27,6 +27,7 @@ from mulsched.errors import (
     NoEligibleInstance,
     UnknownBlock,
 )
+from mulsched.failure import FailureDetector
 from mulsched.indicators import COLUMNS, Columns, fill_columns
 from mulsched.load import Booking, LoadTable, check_count, check_now
 from mulsched.policies import Policy, Ties
@@ -85,7 +86,8 @@ class Router:
     ``ties``: ``"least_recent"``, ``"random"`` (seeded by ``seed``) or ``"first"``; None takes the policy's.
     ``in_flight``: whether prefixes of requests that wait for their first token count as cached
     (``"cached"``) or not (``"ignore"``, as in the authors' router). ``key_seed`` seeds the block keys; one
-    that is kept secret keeps tenants from guessing what is cached.
+    that is kept secret keeps tenants from guessing what is cached. ``detector``: leaves instances out while a
+    class of requests overloads the holders of its prefix; None takes the policy's, which has none as a rule.
 
     ``select`` changes nothing; ``route`` selects and books in one atomic step, without which concurrent
     requests choose from the same stale state and herd. Each call takes one lock, so a router may be shared
@@ -103,6 +105,7 @@ class Router:
         seed: int = 0,
         in_flight: Literal["ignore", "cached"] = "ignore",
         key_seed: int = DEFAULT_SEED,
+        detector: FailureDetector | None = None,
     ) -> None:
         if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer):
             raise InvalidType(f"block_size must be an int, got {type(block_size).__name__}")
@@ -122,6 +125,9 @@ class Router:
         self._seed = int(seed)
         self._fused = _fused(self._policy, self._ties, self._seed)
         self._key_seed = int(key_seed)
+        if detector is not None and not isinstance(detector, FailureDetector):
+            raise InvalidType(f"detector must be a FailureDetector or None, got {detector!r}")
+        self._detector = detector if detector is not None else self._policy.detector
         self._index = PrefixIndex()
         # rows of both indexes agree, since instances are added to and removed from both alike
         self._in_flight = PrefixIndex() if in_flight == "cached" else None
@@ -143,6 +149,11 @@ class Router:
     def policy(self) -> Policy:
         """The policy in use."""
         return self._policy
+
+    @property
+    def detector(self) -> FailureDetector | None:
+        """The failure detector in use."""
+        return self._detector
 
     @property
     def index(self) -> PrefixIndex:
@@ -182,6 +193,9 @@ class Router:
         with self._lock:
             row = self._index.row(instance)
             lost = self._load.remove_row(row)
+            if self._detector is not None:
+                for request_id in lost:
+                    self._detector.end(request_id)
             self._index.remove_instance(instance)
             if self._in_flight is not None:
                 self._in_flight.remove_instance(instance)
@@ -373,7 +387,14 @@ class Router:
             now=now,
         )
         position, scores = self._pick(columns)
-        return Decision(names[position], position, columns, scores, self._policy.name, self._ties, request_id)
+        judged = None if self._detector is None else self._detector.judge(columns)
+        alarm = None
+        if judged is not None:
+            keep, alarm = judged
+            position, scores = select_composed(self._policy, columns, self._ties, keep=keep)
+        return Decision(
+            names[position], position, columns, scores, self._policy.name, self._ties, request_id, alarm
+        )
 
     def _pick(self, columns: Columns) -> tuple[int, NDArray[np.float64]]:
         index = self._index.backend
@@ -420,6 +441,8 @@ class Router:
         self._decision += 1
         if self._in_flight is not None:
             self._in_flight.store(decision.instance, request.keys)
+        if self._detector is not None:  # last: if a callback raises, the request is booked
+            self._detector.dispatch(decision.columns, request_id)
 
     # -- the life of a request ---------------------------------------------------------------------
 
@@ -440,7 +463,7 @@ class Router:
         blocks. Raises UnknownRequest (never dispatched, or ended).
         """
         with self._lock:
-            booking = self._load.end(request_id)
+            booking = self._end(request_id)
             if booking.waiting:
                 self._forget_in_flight(booking)
             self._predict(booking)
@@ -451,7 +474,7 @@ class Router:
         Raises UnknownRequest (never dispatched, or ended).
         """
         with self._lock:
-            booking = self._load.end(request_id)
+            booking = self._end(request_id)
             if booking.waiting:
                 self._forget_in_flight(booking)
             else:
@@ -468,6 +491,12 @@ class Router:
             for request_id in old:
                 self.cancel(request_id)
             return old
+
+    def _end(self, request_id: Hashable) -> Booking:
+        booking = self._load.end(request_id)
+        if self._detector is not None:
+            self._detector.end(request_id)
+        return booking
 
     def _predict(self, booking: Booking) -> None:
         instance = self._index.instance(booking.row)

@@ -6,6 +6,14 @@ from backends import BACKENDS, new_backend
 import mulsched.prefix_index
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Return 0, none but this process, where files or tests are named: a debugger then has the terminal.
+
+    None leaves the whole suite to xdist, which starts a process for every core.
+    """
+    return None if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """Every PrefixIndex made in the test stands on this twin."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import mulsched
@@ -41,6 +42,11 @@ if (ROOT / "setup.py").exists():
         assert {names["source_digest"]()} == {SOURCE_DIGEST, REPLAY_DIGEST}, (
             "the native extension is stale, run: python setup.py build_ext --inplace"
         )
+
+    def test_every_package_is_packed():
+        declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+        there = [path.parent.relative_to(ROOT) for path in (ROOT / "mulsched").rglob("__init__.py")]
+        assert sorted(".".join(path.parts) for path in there) == declared
 
     def test_without_a_compiler_the_build_fails_in_one_clear_line(tmp_path):
         done = setup(tmp_path, "build_ext", "--inplace", CXX="/nowhere/c++", CC="/nowhere/cc")

@@ -41,6 +41,12 @@ def test_replay_without_a_trace_is_synthetic_and_says_so(capsys):
     assert "1 of 1 replays" in captured.err  # the progress bar
 
 
+def test_a_burst_is_replayed_by_name(capsys):
+    arguments = ["replay", "--workload", "hot_class", "--rate-scale", "0.2", "--policy", "lmetric"]
+    assert main([*arguments, "--processes", "1", "--no-noise-floor"]) == 0
+    assert "synthetic:hot_class (synthetic)" in capsys.readouterr().out
+
+
 def test_a_synthetic_trace_of_ones_own_has_no_targets_and_is_replayed(capsys, tmp_path):
     trace = dataclasses.replace(synthetic_trace("chat", duration_s=5, seed=1), name="mine")
     write_trace(trace, tmp_path / "mine.jsonl")

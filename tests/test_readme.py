@@ -50,6 +50,11 @@ if README.exists():
         ]
         assert lines[4].startswith("Mean TTFT is lowest under ")
 
+    def test_the_code_of_the_recording_page_runs():
+        page = (README.parent / "docs" / "record-format.md").read_text()
+        (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        exec(compile(code, "record-format.md", "exec"), {})
+
     def test_its_policies_are_those_there_are():
         from mulsched import policies
 

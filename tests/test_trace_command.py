@@ -141,6 +141,13 @@ def test_generate_writes_a_synthetic_trace_and_prints_its_calibration(tmp_path, 
     assert 60 < len(trace) < 240
 
 
+def test_generate_writes_a_burst_and_prints_its_figures(tmp_path, capsys):
+    out = tmp_path / "t.jsonl"
+    assert main(["trace", "generate", "hot_class", str(out), "--rate", "1"]) == 0
+    assert "requests are of hot classes" in capsys.readouterr().out
+    assert read_trace(out).arrival_s[-1] == pytest.approx(180, abs=10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,6 +15,7 @@ SYNTHETIC = ("chat", "api", "coder", "tool_agent", "thinking")
 REPEATS = 4  # of lmetric: its own ties, then random ties and other seeds
 
 PAPER_POLICIES = ("vllm", "bailian", "dynamo", "aibrix", "llm_d", "preble")
+PREDICTING_POLICIES = ("polyserve", "least_ttft")  # of the paper too; they know the engine's step times
 WANTED_POLICIES = (
     "linear",
     "sticky",
@@ -87,7 +88,9 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The policy with its parameters, as in ``linear(weight=0.5)``."""
+        """The policy with its parameters, as in ``linear(weight=0.5)``, unless they are the engine's."""
+        if self.policy in PREDICTING_POLICIES:
+            return self.policy
         given = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
         return f"{self.policy}({given})" if given else self.policy
 
@@ -121,6 +124,20 @@ def repeats(n: int = REPEATS) -> list[Run]:
     ]
 
 
+def step_times(setup: Setup) -> dict[str, float]:
+    """Return what PREDICTING_POLICIES need to know of an engine's steps."""
+    engine = setup.engine()
+    chunk, step = engine.max_batched_tokens, engine.step_time
+    one, many, long = step(0, 0.0, 1, 0.0), step(0, 0.0, 256, 0.0), step(0, 0.0, 256, 1000.0)
+    return {
+        "prefill_tokens_per_s": chunk / step(chunk, 0.0, 0, 0.0),
+        "chunk_tokens": chunk,
+        "step_overhead_s": one,
+        "decode_request_s": (many - one) / 255,
+        "decode_context_token_s": (long - many) / 256_000,
+    }
+
+
 def _trials(*names: str) -> list[Run]:
     return [Run(name, given, role="trial") for name in names for given in GRIDS[name]]
 
@@ -129,7 +146,8 @@ def runs(cell: Cell, tuned: Mapping[str, Any] | None) -> list[Run]:
     """Return the runs of a cell; ``tuned`` are the parameters of the tuned linear score, if known."""
     if cell.stage == "main":
         defaults = [Run(name) for name in (*PAPER_POLICIES, *WANTED_POLICIES)]
-        return repeats() + defaults + _trials("linear", "dynamo", "bailian")
+        predicting = [Run(name, step_times(cell.setup)) for name in PREDICTING_POLICIES]
+        return repeats() + defaults + predicting + _trials("linear", "dynamo", "bailian")
     if cell.stage == "losing":
         trials = [run for run in _trials("linear") if run.parameters["weight"] in (0.3, 0.6, 0.9)]
         return repeats() + [Run(name) for name in LOSING_POLICIES] + trials

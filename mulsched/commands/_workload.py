@@ -4,13 +4,17 @@ import argparse
 from functools import lru_cache
 
 from mulsched.errors import InvalidArgument
+from mulsched.replay.bursts import BURSTS, burst_trace
 from mulsched.replay.experiment import TraceAt
 from mulsched.replay.profile import BUILTIN_PROFILES, Profile, builtin_profile, load_profile
 from mulsched.replay.readers import FORMATS, read_trace
-from mulsched.replay.synthetic import WORKLOADS, synthetic_trace
+from mulsched.replay.synthetic import CALIBRATED_S, WORKLOADS, synthetic_trace
 from mulsched.replay.trace import Trace
 
-__all__ = ["add_trace_options", "profile_of", "rate_scale_of", "trace_at"]
+__all__ = ["GENERATED", "add_trace_options", "generate", "profile_of", "rate_scale_of", "trace_at"]
+
+GENERATED = tuple(sorted((*WORKLOADS, *BURSTS)))
+"""Names of the traces that :func:`generate` makes."""
 
 # Without a trace: about two thirds of what four built-in engines can take, done in some seconds.
 DEFAULT_DURATION_S = 300.0
@@ -25,7 +29,7 @@ def add_trace_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workload",
-        choices=sorted(WORKLOADS),
+        choices=GENERATED,
         help="synthetic workload when TRACE is not given (default: chat)",
     )
     parser.add_argument(
@@ -70,12 +74,31 @@ def trace_at(options: argparse.Namespace) -> TraceAt:
 
 def _synthetic(options: argparse.Namespace, scale: float) -> Trace:
     workload = options.workload or "chat"
-    return synthetic_trace(
-        workload,
-        duration_s=DEFAULT_DURATION_S if options.duration is None else options.duration,
-        seed=options.seed,
-        rate_per_s=scale * WORKLOADS[workload].rate_per_s,
-    )
+    duration = options.duration
+    if duration is None and workload in WORKLOADS:
+        duration = DEFAULT_DURATION_S
+    return generate(workload, duration_s=duration, seed=options.seed, rate_scale=scale)
+
+
+def generate(
+    workload: str,
+    *,
+    duration_s: float | None = None,
+    seed: int = 0,
+    rate_per_s: float | None = None,
+    rate_scale: float = 1.0,
+) -> Trace:
+    """Return a synthetic trace by name, by default of its own length; a burst's rate is its background's.
+
+    Raises as :func:`~mulsched.replay.synthetic_trace` and :func:`~mulsched.replay.burst_trace`.
+    """
+    is_burst = workload in BURSTS
+    background = BURSTS[workload].background if is_burst else workload
+    rate = rate_scale * (WORKLOADS[background].rate_per_s if rate_per_s is None else rate_per_s)
+    if is_burst:
+        return burst_trace(workload, duration_s=duration_s, seed=seed, rate_per_s=rate)
+    duration = CALIBRATED_S if duration_s is None else duration_s
+    return synthetic_trace(workload, duration_s=duration, seed=seed, rate_per_s=rate)
 
 
 def profile_of(options: argparse.Namespace) -> Profile:

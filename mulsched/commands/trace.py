@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mulsched.commands._workload import GENERATED, generate
 from mulsched.errors import InvalidArgument
 from mulsched.replay.openai_log import load_tokenizer, read_openai_log
 from mulsched.replay.readers import FORMATS, read_trace
-from mulsched.replay.synthetic import CALIBRATED_S, WORKLOADS, format_calibration, synthetic_trace
+from mulsched.replay.synthetic import WORKLOADS, format_calibration
 from mulsched.replay.trace import Trace
 from mulsched.replay.trace_file import write_trace
 from mulsched.replay.validation import validate_trace
@@ -40,17 +41,20 @@ def add_parser(commands: Any) -> None:
         "--limit", type=int, default=SHOWN, metavar="N", help=f"problems to print (default: {SHOWN})"
     )
     _add_convert(actions)
-    generate = actions.add_parser("generate", help="write a synthetic trace")
-    generate.add_argument(
-        "workload", choices=sorted(WORKLOADS), metavar="WORKLOAD", help=", ".join(sorted(WORKLOADS))
+    action = actions.add_parser("generate", help="write a synthetic trace")
+    action.add_argument("workload", choices=GENERATED, metavar="WORKLOAD", help=", ".join(GENERATED))
+    action.add_argument("output", metavar="OUT", help="trace file; .gz packs it")
+    action.add_argument("--seed", type=int, default=0, metavar="N")
+    action.add_argument(
+        "--duration", type=float, metavar="S", help="default: 7200, as calibrated; a burst's own"
     )
-    generate.add_argument("output", metavar="OUT", help="trace file; .gz packs it")
-    generate.add_argument("--seed", type=int, default=0, metavar="N")
-    generate.add_argument(
-        "--duration", type=float, default=CALIBRATED_S, metavar="S", help="default: 7200, as calibrated"
+    action.add_argument(
+        "--rate",
+        type=float,
+        metavar="R",
+        help="requests/s, a burst's without the hot ones (default: its own)",
     )
-    generate.add_argument("--rate", type=float, metavar="R", help="requests/s (default: the workload's)")
-    generate.set_defaults(run=_generate)
+    action.set_defaults(run=_generate)
 
 
 def _add_convert(actions: Any) -> None:
@@ -161,11 +165,11 @@ def _salt(file: Path) -> bytes:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    trace = synthetic_trace(
+    trace = generate(
         options.workload, duration_s=options.duration, seed=options.seed, rate_per_s=options.rate
     )
     write_trace(trace, options.output)
-    print(format_calibration(trace))
+    print(format_calibration(trace) if options.workload in WORKLOADS else _figures(trace))
     return 0
 
 

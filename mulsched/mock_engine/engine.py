@@ -179,7 +179,7 @@ class MockEngine:
             start = self.next_s
             step = self._end_step(start)
         load = self._scheduler.start_step()
-        self.next_s = None if load is None else start + self.profile.step_time(*load)
+        self.next_s = None if load is None else start + load.seconds(self.profile.step_time)
         return step
 
     def check(self) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mulsched.errors import InvalidArgument, InvalidType, NoEligibleInstance, NonFiniteScore, UnknownPolicy
+from mulsched.failure import FailureDetector
 from mulsched.indicators import Columns, uniform_draws
 from mulsched.scorers import Score
 
@@ -44,7 +45,9 @@ class Policy:
 
     ``on_dispatch(columns, position)`` is told of every booked decision, with all the candidates'
     columns and the position of the chosen one in them. A policy that keeps state keeps it there; scores
-    and filters only read. ``source`` says where the rule is from. Raises InvalidType, InvalidArgument.
+    and filters only read. ``detector`` masks candidates before the filters while an alarm is in force for
+    the request; the router tells it of dispatches and ends. ``source`` says where the rule is from.
+    Raises InvalidType, InvalidArgument.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Policy:
     filters: tuple[Filter, ...] = ()
     ties: Ties = "least_recent"
     on_dispatch: Callable[[Columns, int], None] | None = None
+    detector: FailureDetector | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -66,6 +70,10 @@ class Policy:
         if self.on_dispatch is not None and not callable(self.on_dispatch):
             raise InvalidType(
                 f"on_dispatch of policy {self.name!r} must be callable or None, got {self.on_dispatch!r}"
+            )
+        if self.detector is not None and not isinstance(self.detector, FailureDetector):
+            raise InvalidType(
+                f"detector of policy {self.name!r} must be a FailureDetector or None, got {self.detector!r}"
             )
         if self.ties not in get_args(Ties):
             raise InvalidArgument(f"ties must be 'least_recent', 'random' or 'first', got {self.ties!r}")
@@ -105,13 +113,17 @@ def pick(columns: Columns, scores: NDArray[np.float64], ties: Ties) -> int:
     return int(best[np.argmin(columns.last_chosen[best])])
 
 
-def select(policy: Policy, columns: Columns, ties: Ties) -> tuple[int, NDArray[np.float64]]:
+def select(
+    policy: Policy, columns: Columns, ties: Ties, *, keep: NDArray[np.bool_] | None = None
+) -> tuple[int, NDArray[np.float64]]:
     """Run filters, score and pick; return the position and all scores, NaN where filtered out.
+
+    ``keep``: only these candidates, at least one, ``(n,)`` bool.
 
     Raises NoEligibleInstance, NonFiniteScore, InvalidArgument (a filter's mask has the wrong shape).
     """
-    left = columns
-    keep: NDArray[np.bool_] | None = None
+    left = columns if keep is None else columns.take(keep)
+    keep = None if keep is None else keep.copy()
     for position, accept in enumerate(policy.filters):
         mask = np.asarray(accept(left))
         if mask.shape != (len(left),) or mask.dtype != np.bool_:

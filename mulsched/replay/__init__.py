@@ -1,13 +1,15 @@
 """Replay: a trace through the same router that production uses, into a model of the engines."""
 
+from mulsched.replay.bursts import BURSTS, Burst, HotClass, burst_trace, steady_burst
 from mulsched.replay.capacity import GPUS, MODELS, Gpu, ModelShape, kv_blocks
 from mulsched.replay.engine import EngineModel
 from mulsched.replay.fit import Fit, fit_profile
 from mulsched.replay.openai_log import load_tokenizer, read_openai_log
+from mulsched.replay.parallel import replay_many
 from mulsched.replay.profile import BUILTIN_PROFILES, Profile, builtin_profile, load_profile, roofline
 from mulsched.replay.readers import FORMATS, read_trace
 from mulsched.replay.request_times import RequestTimes, read_request_times
-from mulsched.replay.simulator import Disaggregation, ReplayResult, replay, replay_many
+from mulsched.replay.simulator import Disaggregation, ReplayResult, replay
 from mulsched.replay.step import CacheChange, StepLoad, StepResult
 from mulsched.replay.step_table import StepTable
 from mulsched.replay.step_time import FittedStep, MoeRoofline, Roofline, StepTime
@@ -18,16 +20,19 @@ from mulsched.replay.validation import validate_trace
 
 __all__ = [
     "BUILTIN_PROFILES",
+    "BURSTS",
     "FORMATS",
     "GPUS",
     "MODELS",
     "WORKLOADS",
+    "Burst",
     "CacheChange",
     "Disaggregation",
     "EngineModel",
     "Fit",
     "FittedStep",
     "Gpu",
+    "HotClass",
     "ModelShape",
     "MoeRoofline",
     "Profile",
@@ -41,6 +46,7 @@ __all__ = [
     "Trace",
     "TraceStats",
     "builtin_profile",
+    "burst_trace",
     "fit_profile",
     "format_calibration",
     "kv_blocks",
@@ -53,6 +59,7 @@ __all__ = [
     "replay",
     "replay_many",
     "roofline",
+    "steady_burst",
     "synthetic_trace",
     "targets",
     "validate_trace",

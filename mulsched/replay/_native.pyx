@@ -121,6 +121,7 @@ cdef extern from "replay.hpp" namespace "mulsched" nogil:
     cdef cppclass CPool "mulsched::Pool":
         CFusedScore score
         Ties ties
+        cbool tell_ends
         vector[int64_t] table, rows
         int64_t decisions
 
@@ -142,21 +143,25 @@ cdef extern from *:
     using Choose = std::int64_t (*)(void*, std::size_t, std::int64_t, double, const std::uint64_t*, std::size_t,
                                     const mulsched::Pool&);
     using GoOn = bool (*)(void*, std::int64_t);
+    using Ended = void (*)(void*, std::size_t, std::int64_t);
     using CallStepTime = double (*)(void*, const mulsched::StepLoad&);
 
     class PythonHost final : public mulsched::ReplayHost {
      public:
-      PythonHost(void* host, Choose choose, GoOn go_on) : host_(host), choose_(choose), go_on_(go_on) {}
+      PythonHost(void* host, Choose choose, GoOn go_on, Ended ended)
+          : host_(host), choose_(choose), go_on_(go_on), ended_(ended) {}
       std::int64_t choose(std::size_t pool, std::int64_t request, double now, const mulsched::Key* keys,
                           std::size_t n_keys, const mulsched::Pool& state) override {
         return choose_(host_, pool, request, now, keys, n_keys, state);
       }
       bool go_on(std::int64_t finished) override { return go_on_(host_, finished); }
+      void ended(std::size_t pool, std::int64_t request) override { ended_(host_, pool, request); }
 
      private:
       void* host_;
       Choose choose_;
       GoOn go_on_;
+      Ended ended_;
     };
 
     // Any callable; an error it raises is kept by the host and stops the replay at the next arrival.
@@ -174,7 +179,7 @@ cdef extern from *:
     """
     cdef cppclass CHost "PythonHost":
         CHost(void*, int64_t (*)(void*, size_t, int64_t, double, const uint64_t*, size_t, const CPool&) noexcept,
-              cbool (*)(void*, int64_t) noexcept) except +
+              cbool (*)(void*, int64_t) noexcept, void (*)(void*, size_t, int64_t) noexcept) except +
 
     cdef cppclass CPythonStepTime "PythonStepTime"(CStepTime):
         CPythonStepTime(void*, double (*)(void*, const CStepLoad&) noexcept) except +
@@ -311,7 +316,10 @@ cdef class Host:
             seed=self.options.seed,
             now=now,
         )
-        position, _ = select(policy, columns, self.options.ties[p])
+        judged = None if policy.detector is None else policy.detector.judge(columns)
+        position, _ = select(policy, columns, self.options.ties[p], keep=None if judged is None else judged[0])
+        if policy.detector is not None:
+            policy.detector.dispatch(columns, request)
         if policy.on_dispatch is not None:
             policy.on_dispatch(columns, position)
         return position
@@ -341,6 +349,16 @@ cdef cbool go_on(void* host, int64_t finished) noexcept with gil:
     except BaseException as error:
         self.error = error
         return False
+
+
+cdef void ended(void* host, size_t p, int64_t request) noexcept with gil:
+    self = <Host> host
+    if self.error is not None:
+        return
+    try:
+        self.options.policies[p].detector.end(request)
+    except BaseException as error:
+        self.error = error
 
 
 cdef double call_step_time(void* host, const CStepLoad& load) noexcept with gil:
@@ -463,7 +481,7 @@ def run_replay(trace, options, records, progress):
     plain.predicted, plain.seed = options.predicted, options.seed % 2**64
     plain.state_delay_s, plain.event_loss_ratio = options.state_delay_s, options.event_loss_ratio
     plain.transfer_s_per_token = options.transfer_s_per_token
-    asked.reset(new CHost(<void*> host, choose, go_on))
+    asked.reset(new CHost(<void*> host, choose, go_on, ended))
     step_time.reset(step_time_of(options.profile.step_time, host))
     replay.reset(new CReplay(bound.trace, plain, limits_of(options.profile.limits(options.kv_blocks)),
                              dereference(step_time), bound.records, dereference(asked)))
@@ -471,7 +489,8 @@ def run_replay(trace, options, records, progress):
         policy, ties = options.policies[p], options.ties[p]
         replay.get().pools()[p].ties = {
             "least_recent": Ties.kLeastRecent, "random": Ties.kRandom, "first": Ties.kFirst}[ties]
-        form = None if policy.filters or policy.on_dispatch is not None else native_form(policy.score)
+        replay.get().pools()[p].tell_ends = policy.detector is not None
+        form = None if policy.filters or policy.on_dispatch or policy.detector else native_form(policy.score)
         if form is not None:
             replay.get().pools()[p].score.columns = form[0]
             replay.get().pools()[p].score.weights = form[1]

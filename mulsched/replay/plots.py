@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Plot", "plots_of", "render"]
+__all__ = ["COLOURS", "STYLE", "Plot", "new_figure", "plots_of", "render"]
 
 # Okabe and Ito's palette, told apart by the colour-blind, without its yellow, which white paper swallows;
 # lines differ in dashes and markers too
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 _MARKERS = "osD^vPX*<>"
 _MANY = 8  # policies that a legend inside a plot, or two columns of panels, have room for
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.grid": True,
     "grid.color": "#dddddd",
@@ -50,7 +50,8 @@ class Plot:
     figure: "Figure"
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure, sizes in inches. Raises MissingExtra without ``mulsched[report]``."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -64,7 +65,7 @@ def render(plot: Plot, form: Literal["svg", "png"], *, dpi: int = 130) -> bytes:
 
     buffer = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else {"Software": None}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         plot.figure.savefig(buffer, format=form, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
@@ -74,10 +75,10 @@ def plots_of(results: Results, shown: Sequence[Shown], *, footer: str = "") -> l
 
     Raises MissingExtra without the extra ``mulsched[report]``.
     """
-    _new_figure(1, 1)  # raises before matplotlib is needed
+    new_figure(1, 1)  # raises before matplotlib is needed
     import matplotlib as mpl
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         plots = [_cdf(results, shown, "ttft")]
         if all(s.tpot_s is not None for s in shown):
             plots.append(_cdf(results, shown, "tpot"))
@@ -99,8 +100,8 @@ def _styles(results: Results) -> dict[str, dict[str, Any]]:
     series = dict.fromkeys(row.series for row in results.rows if row.role in ("result", "sweep"))
     return {
         name: {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)],
+            "color": COLOURS[i % len(COLOURS)],
+            "linestyle": _DASHES[i // len(COLOURS) % len(_DASHES)],
             "marker": _MARKERS[i % len(_MARKERS)],
         }
         for i, name in enumerate(series)
@@ -122,7 +123,7 @@ def _legend(figure: "Figure", axes: "Axes", entries: int, *, loc: Literal["best"
 
 def _cdf(results: Results, shown: Sequence[Shown], metric: Literal["ttft", "tpot"]) -> Plot:
     name = metric.upper()
-    figure, styles = _new_figure(6.4, 4.2), _styles(results)
+    figure, styles = new_figure(6.4, 4.2), _styles(results)
     axes = figure.subplots()
     curves = [s.ttft_s if metric == "ttft" else s.tpot_s for s in shown]
     for s, quantiles in zip(shown, curves, strict=True):
@@ -166,7 +167,7 @@ def _plain_ticks(axis: Any) -> None:
 
 
 def _hit_ratio(results: Results, shown: Sequence[Shown]) -> Plot:
-    figure, styles = _new_figure(6.4, 1.2 + 0.3 * len(shown)), _styles(results)
+    figure, styles = new_figure(6.4, 1.2 + 0.3 * len(shown)), _styles(results)
     axes = figure.subplots()
     rows = [s.row for s in shown]
     ratios = [row.figures["hit_ratio"] for row in rows]
@@ -190,7 +191,7 @@ def _hit_ratio(results: Results, shown: Sequence[Shown]) -> Plot:
 
 
 def _trade_off(results: Results, shown: Sequence[Shown]) -> Plot:
-    figure, styles = _new_figure(6.4, 4.2), _styles(results)
+    figure, styles = new_figure(6.4, 4.2), _styles(results)
     axes = figure.subplots()
     rows = [s.row for s in shown]
     x, y = ([1000 * row.figures[name] for row in rows] for name in ("ttft_mean_s", "tpot_mean_s"))
@@ -228,7 +229,7 @@ def _load(results: Results, shown: Sequence[Shown]) -> Plot:
     lines = math.ceil(len(shown) / columns)
     instances = len(shown[0].batch)
     height = min(2.6, max(1.2, 0.6 + 0.12 * instances))
-    figure = _new_figure(6.4 if columns == 1 else 12.8, 0.9 + height * lines)
+    figure = new_figure(6.4 if columns == 1 else 12.8, 0.9 + height * lines)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     peaks = [max(float(s.batch.max()), 1.0) for s in shown]
     # square roots keep an even panel readable beside one that is overloaded
@@ -305,7 +306,7 @@ def _log_if_wide(axes: "Axes", values: Sequence[float]) -> None:
 
 
 def _rate_sweep(results: Results) -> Plot:
-    figure, styles = _new_figure(12.8, 7.0), _styles(results)
+    figure, styles = new_figure(12.8, 7.0), _styles(results)
     panels = figure.subplots(2, 3, sharex=True)
     lines: dict[str, list[Row]] = {}
     for rate in results.rates:
@@ -352,7 +353,7 @@ def _parameter_sweep(results: Results, points: Sequence[Row]) -> Plot:
         else [tune["grid"] for tune in settings["tune"] if tune["policy"] == points[0].policy]
     )
     parameter, policy = str(grids[0]["parameter"]), points[0].policy
-    figure, styles = _new_figure(12.8, 7.0), _styles(results)
+    figure, styles = new_figure(12.8, 7.0), _styles(results)
     panels = figure.subplots(2, 3, sharex=True)
     rows = results.at(results.reference_rate, "result")
     chosen = next((row for row in rows if row.tuned and row.series == points[0].series), None)

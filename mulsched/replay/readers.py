@@ -4,6 +4,7 @@
 format           a line                                                                        block
 ===============  ============================================================================  ===========
 mulsched         our own, see docs/trace-format.md                                             any
+router_log       a live router's, see docs/record-format.md                                    any
 mooncake         JSON: timestamp (ms), input_length, output_length, hash_ids                   512 tokens
 bailian          JSON: chat_id, parent_chat_id, timestamp (s), input_length, output_length,    16 tokens
                  hash_ids
@@ -50,6 +51,8 @@ from mulsched.replay.benchmark_results import (
     read_vllm_bench,
     read_vllm_timestamps,
 )
+from mulsched.replay.router_log import FORMAT as ROUTER_LOG
+from mulsched.replay.router_log import read_router_log
 from mulsched.replay.trace import Trace
 from mulsched.replay.trace_file import FORMAT, read_mulsched
 
@@ -134,6 +137,8 @@ def _guess(name: str, number: int, line: str) -> str:
         fields = {}
     if fields.get("format") == FORMAT:
         return "mulsched"
+    if fields.get("format") == ROUTER_LOG:
+        return "router_log"
     for kind, signs in _SIGNS.items():
         if any(sign in fields for sign in signs):
             return kind
@@ -307,6 +312,7 @@ FORMATS: dict[str, Callable[[Source], Trace]] = {
     "agentic": _read_agentic,
     "azure": _read_azure,
     "mulsched": read_mulsched,
+    "router_log": read_router_log,
     "vllm_bench": read_vllm_bench,
     "vllm_timestamps": read_vllm_timestamps,
     "guidellm": read_guidellm,

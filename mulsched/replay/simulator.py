@@ -5,10 +5,8 @@ C++ on the router's own index, columns and pick. Their results are equal to the 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,7 +24,7 @@ if BACKEND == "native":
 else:
     from mulsched.replay._replay_py import run_replay
 
-__all__ = ["CacheSource", "Disaggregation", "Loop", "ReplayResult", "replay", "replay_many"]
+__all__ = ["CacheSource", "Disaggregation", "Loop", "ReplayResult", "replay"]
 
 CacheSource = Literal["events", "predicted"]
 Loop = Literal["open", "closed"]
@@ -248,56 +246,3 @@ def replay(
         lost_messages=counts.lost_messages,
         orphans=counts.orphans,
     )
-
-
-_channel: Any = None  # in a worker process: where progress goes
-
-
-def _start_worker(channel: Any) -> None:
-    global _channel
-    _channel = channel
-
-
-def _work(job: int, trace: Trace, options: dict[str, Any]) -> ReplayResult:
-    return replay(trace, progress=lambda done, total: _channel.put((job, done, total)), **options)
-
-
-def replay_many(
-    trace: Trace,
-    jobs: Sequence[dict[str, Any]],
-    *,
-    processes: int = 1,
-    progress: Callable[[int, int, int], None] | None = None,
-) -> list[ReplayResult]:
-    """Replay a trace once for each job, a dict of arguments of :func:`replay`, in parallel processes.
-
-    ``progress(job, done, all)`` is called in this process. With more than one process policies must be
-    names. Results come in the order of the jobs and do not depend on ``processes``.
-    Raises as :func:`replay`.
-    """
-    if processes <= 1 or len(jobs) <= 1:
-        results = []
-        for job, options in enumerate(jobs):
-            tell = None if progress is None else _telling(progress, job)
-            results.append(replay(trace, progress=tell, **options))
-        return results
-    context = get_context("spawn")  # fork would copy locks that other threads hold
-    channel = context.SimpleQueue()
-    with ProcessPoolExecutor(
-        min(processes, len(jobs)), mp_context=context, initializer=_start_worker, initargs=(channel,)
-    ) as pool:
-        futures = [pool.submit(_work, job, trace, options) for job, options in enumerate(jobs)]
-        for future in futures:
-            future.add_done_callback(lambda _: channel.put(None))
-        left = len(futures)
-        while left:
-            message = channel.get()
-            if message is None:
-                left -= 1
-            elif progress is not None:
-                progress(*message)
-        return [future.result() for future in futures]
-
-
-def _telling(progress: Callable[[int, int, int], None], job: int) -> Progress:
-    return lambda done, total: progress(job, done, total)

@@ -189,12 +189,17 @@ def synthetic_trace(
     """
     workload = _workload(kind)
     rate = workload.rate_per_s if rate_per_s is None else rate_per_s
-    for name, value in (("duration_s", duration_s), ("rate_per_s", rate)):
+    check_positive(duration_s=duration_s, rate_per_s=rate)
+    return _generate(workload, f"synthetic:{kind}", duration_s, rate, np.random.default_rng(seed))
+
+
+def check_positive(**values: float) -> None:
+    """Raise InvalidType or InvalidArgument unless every value is a finite number above 0."""
+    for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InvalidType(f"{name} must be a number, got {type(value).__name__}")
         if not (math.isfinite(value) and value > 0):
             raise InvalidArgument(f"{name} must be finite and above 0, got {value}")
-    return _generate(workload, f"synthetic:{kind}", duration_s, rate, np.random.default_rng(seed))
 
 
 def _generate(

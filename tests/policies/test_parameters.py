@@ -34,6 +34,19 @@ NUMBERS = [
     ("preble", "prefill_tokens_per_s", 0),
     ("preble", "decode_s", -1),
     ("consistent_hash_bounded", "balance", 0.9),
+    ("polyserve", "ttft_target_s", -1),
+    ("polyserve", "tpot_target_s", -1),
+    *[
+        (name, parameter, bad)
+        for name in ("polyserve", "least_ttft")
+        for parameter, bad in (
+            ("prefill_tokens_per_s", 0),
+            ("chunk_tokens", 0),
+            ("step_overhead_s", -1),
+            ("decode_request_s", -1),
+            ("decode_context_token_s", -1),
+        )
+    ],
 ]
 COUNTS = [
     ("sticky", "max_sessions"),

@@ -30,12 +30,13 @@ def test_results_come_one_at_a_time(jobs):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_progress_of_every_job_is_told_to_its_end(jobs, processes):
+def test_progress_of_every_job_is_told_to_its_end_before_its_result(jobs, processes):
     seen = []
-    list(replay_each(jobs, processes=processes, progress=lambda *message: seen.append(message)))
-    assert {(job, done) for job, done, of in seen if done == of} == {
-        (i, len(t)) for i, (t, _) in enumerate(jobs)
-    }
+    results = replay_each(jobs, processes=processes, progress=lambda *message: seen.append(message))
+    for job, result in enumerate(results):
+        requests = len(result.arrival_s)
+        assert (job, requests, requests) in seen
+    assert {job for job, _, _ in seen} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -28,9 +28,19 @@ BROKEN = {
         "scale_invariant_requests",
     },
     "least_p_tokens": {"no_zero_veto"},
+    "least_ttft": {"scale_invariant_tokens", "scale_invariant_requests"},
     "linear": {"independent_of_irrelevant", "no_zero_veto"},
     "llm_d": {"independent_of_irrelevant", "no_zero_veto", "scale_invariant_tokens"},
     "most_hits": {"no_zero_veto"},
+    "polyserve": {
+        *LOOKS_AWAY,
+        "non_negative",
+        "monotone",
+        "no_zero_veto",
+        "ties_do_not_herd",
+        "scale_invariant_tokens",
+        "scale_invariant_requests",
+    },
     "power_of_two": {*LOOKS_AWAY, "independent_of_irrelevant", "ties_do_not_herd"},
     "preble": {"dominance", "work_conserving", "no_zero_veto", "scale_invariant_tokens"},
     "random": {*LOOKS_AWAY, "no_zero_veto", "ties_do_not_herd"},
@@ -110,6 +120,12 @@ def left_one_idle(shown):
     return c.batch_size[shown.position] > 1 and any(c.matched_blocks[at] == warmest for at in idle)
 
 
+def won_by_getting_worse(before, after):
+    chosen = after.position
+    pairs = zip(costs(before.columns, chosen), costs(after.columns, chosen), strict=True)
+    return chosen != before.position and sum(a < b for a, b in pairs) == 1
+
+
 def turned_on_a_loser(before, after):
     kept = [name for name in before.columns.instances if name in after.columns.instances]
     rows = [before.columns.instances.index(name) for name in kept]
@@ -138,6 +154,7 @@ def minded_the_unit(before, after):
 
 ORACLES = {
     "non_negative": is_negative,
+    "monotone": won_by_getting_worse,
     "dominance": chose_a_dominated_one,
     "best_wins": passed_over_the_best,
     "work_conserving": left_one_idle,

@@ -1,0 +1,212 @@
+// Load in flight by prefix class, and the classes in alarm. Twin of mulsched/_failure_py.py, operation for
+// operation; what it computes is written down in mulsched/failure.py.
+//
+// Invariants:
+//
+// 1. A node is there exactly while a request in flight passes through it.
+// 2. A node's load is the sum of the weights of those requests, and its squares the sum of their squares.
+// 3. Only nodes that are there are in alarm.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "flat_map.hpp"
+
+namespace mulsched {
+
+// The class in alarm on a path; depth 0: none.
+struct ClassFound {
+  std::int64_t depth = 0;
+  std::uint64_t hash = 0;
+  double load = 0;
+  std::int64_t holders = 0;
+};
+
+class Occupancy {
+ public:
+  explicit Occupancy(double confidence) noexcept : confidence_(confidence) {}
+
+  double load() const noexcept { return load_; }
+  std::size_t nodes() const noexcept { return index_.size(); }
+
+  // keys: n_keys of the prompt; matched, loads: n candidates. Changes no state that can be seen, and keeps what
+  // it found for the dispatch that follows.
+  ClassFound examine(const std::uint64_t* keys, std::size_t n_keys, const std::int64_t* matched,
+                     const std::int64_t* loads, std::size_t n) {
+    last_ = {changes_, keys, matched, n_keys, n, {}};
+    hash_classes(keys, n_keys);
+    in_excess_.clear();
+    double widest = 0;
+    std::int64_t everywhere = 0;
+    for (std::size_t i = 0; i < n; ++i) everywhere += loads[i];
+    for (std::size_t c = 0; c < hashes_.size(); ++c) {
+      const std::uint32_t at = index_.find(hashes_[c]);
+      if (at == FlatMap::kAbsent) break;
+      const Node& node = nodes_[at];
+      const auto depth = static_cast<std::int64_t>(depths_[c]);
+      // a class that is light enough needs no look at its holders
+      if (!node.alarm && node.load <= confidence_ * std::sqrt(node.squares)) continue;
+      std::int64_t holders = 0, on_holders = 0;
+      for (std::size_t i = 0; i < n; ++i) {  // integers, which add up in any order
+        const std::int64_t held = -static_cast<std::int64_t>(matched[i] >= depth);
+        holders -= held;
+        on_holders += loads[i] & held;
+      }
+      if (holders == 0) break;  // a class that nobody holds cannot herd, nor can a deeper one
+      const double excess = excess_of(node, holders, static_cast<std::int64_t>(n), static_cast<double>(on_holders),
+                                      static_cast<double>(everywhere));
+      if (excess <= 0) continue;
+      in_excess_.push_back(hashes_[c]);
+      if (excess < widest) continue;
+      widest = excess;
+      last_.found = {depth, hashes_[c], node.load, holders};
+    }
+    return last_.found;
+  }
+
+  // Counts a request in and returns its slot; released gets the classes that left alarm.
+  std::size_t dispatch(const std::uint64_t* keys, std::size_t n_keys, const std::int64_t* matched,
+                       const std::int64_t* loads, std::size_t n, double weight, ClassFound& found,
+                       std::vector<std::uint64_t>& released) {
+    // The caller still has the arrays of the decision, so the same addresses mean the same values.
+    if (last_.changes != changes_ || last_.keys != keys || last_.matched != matched || last_.n_keys != n_keys ||
+        last_.n != n)
+      examine(keys, n_keys, matched, loads, n);
+    ++changes_;
+    found = last_.found;
+    std::size_t slot = slots_.size();
+    if (free_.empty()) {
+      slots_.emplace_back();
+    } else {
+      slot = free_.back();
+      free_.pop_back();
+    }
+    slots_[slot].weight = weight;
+    slots_[slot].hashes = hashes_;
+    for (const std::uint64_t hash : hashes_) {
+      Node& node = node_of(hash);
+      if (node.alarm && std::find(in_excess_.begin(), in_excess_.end(), hash) == in_excess_.end()) {
+        node.alarm = false;
+        released.push_back(hash);
+      }
+      if (found.depth > 0 && found.hash == hash) node.alarm = true;
+      ++node.requests;
+      node.load += weight;
+      node.squares += weight * weight;
+    }
+    load_ += weight;
+    squares_ += weight * weight;
+    return slot;
+  }
+
+  // Counts a request out; released gets the classes in alarm that have nobody in flight any more.
+  void end(std::size_t slot, std::vector<std::uint64_t>& released) {
+    Slot& own = slots_[slot];
+    load_ -= own.weight;
+    squares_ -= own.weight * own.weight;
+    ++changes_;
+    for (const std::uint64_t hash : own.hashes) {
+      const std::uint32_t at = index_.find(hash);
+      Node& node = nodes_[at];
+      node.load -= own.weight;
+      node.squares -= own.weight * own.weight;
+      if (--node.requests > 0) continue;
+      if (node.alarm) released.push_back(hash);
+      index_.erase(hash);
+      free_nodes_.push_back(at);
+    }
+    own.hashes.clear();  // keeps its memory for the next request
+    free_.push_back(slot);
+  }
+
+ private:
+  struct Node {
+    std::int64_t requests = 0;
+    double load = 0, squares = 0;
+    bool alarm = false;
+  };
+  struct Slot {
+    std::vector<std::uint64_t> hashes;
+    double weight = 0;
+  };
+
+  // What examine was asked last, and found.
+  struct Last {
+    std::uint64_t changes = 0;
+    const std::uint64_t* keys = nullptr;
+    const std::int64_t* matched = nullptr;
+    std::size_t n_keys = 0, n = 0;
+    ClassFound found;
+  };
+
+  Node& node_of(std::uint64_t hash) {
+    std::uint32_t at = index_.find(hash);
+    if (at != FlatMap::kAbsent) return nodes_[at];
+    if (free_nodes_.empty()) {
+      at = static_cast<std::uint32_t>(nodes_.size());
+      nodes_.emplace_back();
+    } else {
+      at = free_nodes_.back();
+      free_nodes_.pop_back();
+      nodes_[at] = {};
+    }
+    index_.set(hash, at);
+    return nodes_[at];
+  }
+
+  // Fills depths_ and hashes_ with the classes of a path: prefixes of 1, 2, 3, 4, 6, 8, 12, ... blocks. A hash
+  // is a polynomial in the keys, which are hashes already, so that each position has its own odd factor.
+  void hash_classes(const std::uint64_t* keys, std::size_t n) {
+    constexpr std::uint64_t k1 = 0x9E3779B97F4A7C15, k2 = k1 * k1, k3 = k2 * k1, k4 = k3 * k1;
+    depths_.clear();
+    hashes_.clear();
+    std::uint64_t sum = 0, power = 1;
+    std::size_t at = 0;
+    for (std::size_t to = 1, next = 2; to <= n;) {
+      for (; at + 4 <= to; at += 4) {  // four at a time: their products do not wait for each other
+        sum += power * (keys[at] * k1 + keys[at + 1] * k2 + keys[at + 2] * k3 + keys[at + 3] * k4);
+        power *= k4;
+      }
+      for (; at < to; ++at) {
+        power *= k1;
+        sum += keys[at] * power;
+      }
+      depths_.push_back(to);
+      hashes_.push_back(sum ^ to);
+      const std::size_t after = to < 3 ? to + 2 : 2 * to;  // two depths an octave
+      to = next;
+      next = after;
+    }
+  }
+
+  // By how much the holders carry more than their share; 0 if that may be chance.
+  double excess_of(const Node& node, std::int64_t holders, std::int64_t n, double on_holders,
+                   double everywhere) const noexcept {
+    if (holders == n) return 0;
+    const double part = static_cast<double>(holders) / static_cast<double>(n);
+    const double alone = node.load - part * load_, together = on_holders - part * everywhere;
+    if (node.alarm) return std::max(std::max(alone, together), 0.0);
+    const double spread = confidence_ * std::sqrt(node.squares);
+    if (node.load <= spread) return 0;
+    if (alone > spread) return alone;
+    if (everywhere > 0 && together > confidence_ * std::sqrt(squares_ * (on_holders / everywhere))) return together;
+    return 0;
+  }
+
+  double confidence_;
+  double load_ = 0, squares_ = 0;
+  std::uint64_t changes_ = 1;  // dispatches and ends
+  FlatMap index_;              // from hash to node
+  std::vector<Node> nodes_;
+  std::vector<std::uint32_t> free_nodes_;
+  std::vector<Slot> slots_;
+  std::vector<std::size_t> free_;
+  Last last_;
+  std::vector<std::size_t> depths_;  // of the path examined last, with hashes_ and the classes in excess
+  std::vector<std::uint64_t> hashes_, in_excess_;
+};
+
+}  // namespace mulsched

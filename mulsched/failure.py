@@ -1,0 +1,211 @@
+"""Where a cache-aware score herds: detect it, and say which instances to leave out.
+
+Requests that share a prefix are a class; the instances that have it cached, its holders M, attract it. With
+share x of the load and N instances the holders are overloaded once x > |M| / N (arXiv 2603.15202, section
+5.2). :class:`FailureDetector` watches for it, raises an :class:`Alarm`, and as long as that is in force
+leaves instances out for requests of the class. What it costs, what it is worth and how the constants were
+chosen: docs/failure.md.
+
+Ours, ``mode="occupancy"``: the share of a class is its part of what is in flight, so it weighs by residence
+(Little's law), needs no window and no clock, and forgets by itself. Weight: prompt tokens, or requests.
+Classes are prefixes of 1, 2, 3, 4, 6, 8, 12, ... blocks, all at once; M is read from the columns of the
+decision. An alarm is raised for a class of load k, in flight L, and sum of squares q (of the weights), where
+
+    k - L |M| / N > c sqrt(q)                        alone: more than its holders' part, beyond chance
+    k > c sqrt(q) and H - T |M| / N > c sqrt(Q H / T)    together: its holders carry more than their part
+
+with H the load on the holders, T on all candidates, Q the sum of squares of everything in flight and c the
+confidence. It ends when neither excess is above 0, with M as of then, or with the last request of the class.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mulsched._backend import BACKEND
+from mulsched._failure_paper import PaperDetector
+from mulsched._failure_py import Found
+from mulsched.errors import InvalidArgument, InvalidType
+from mulsched.indicators import COLUMNS, Columns
+
+if BACKEND == "native":
+    from mulsched._native import Occupancy
+else:
+    from mulsched._failure_py import OccupancyPy as Occupancy  # type: ignore[assignment]
+
+__all__ = ["Alarm", "FailureDetector", "Mitigation", "Mode"]
+
+Mode = Literal["occupancy", "paper"]
+Mitigation = Literal["spread", "exclude", "load_only"]
+"""What a class in alarm may not choose: ``spread`` holders with more requests than the mean, so that the
+next become holders; ``exclude`` any holder; ``load_only`` all but the candidates with the fewest requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """A class over its share.
+
+    ``class_hash`` and ``class_blocks`` name the prefix; ``share_ratio`` is its part of the load in flight
+    (mode paper: of the arrivals in the window) when the alarm was raised, ``holders`` how many of
+    ``instances`` had it then. ``since_decision`` counts dispatches, ``since_s`` is the caller's ``now`` or
+    None. ``evidence`` says in words what was exceeded.
+    """
+
+    class_hash: int
+    class_blocks: int
+    share_ratio: float
+    holders: int
+    instances: int
+    since_decision: int
+    since_s: float | None
+    mitigation: str
+    evidence: str
+
+    def __str__(self) -> str:
+        return (
+            f"prefix of {self.class_blocks} blocks in alarm since decision {self.since_decision}: "
+            f"{self.evidence}; mitigation {self.mitigation}"
+        )
+
+
+class FailureDetector:
+    """Raises alarms for prefix classes over their share, and masks candidates for them.
+
+    ``mode``: ``occupancy`` (ours) or ``paper`` (two phases, see ``_failure_paper``). ``mitigation``: see
+    :data:`Mitigation`; None takes ``spread``, in mode paper ``exclude``. ``weight``: what a request counts,
+    ``tokens`` of its prompt (the KV cache that it holds) or 1 (``requests``). ``confidence``: standard
+    deviations that an excess must have, 3 by default; ``docs/failure.md`` shows what others do.
+    ``window_s`` is mode paper's. ``on_alarm`` and ``on_release`` are called with an alarm when it starts and
+    ends, inside the router's lock: they must not call the router.
+
+    One detector belongs to one router. Its state is exact: O(requests in flight * log(blocks)) entries.
+    Not thread-safe by itself. Raises InvalidArgument, InvalidType.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: Mode = "occupancy",
+        mitigation: Mitigation | None = None,
+        weight: Literal["tokens", "requests"] = "tokens",
+        confidence: float = 3.0,
+        window_s: float = 60.0,
+        on_alarm: Callable[[Alarm], None] | None = None,
+        on_release: Callable[[Alarm], None] | None = None,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise InvalidArgument(f"mode must be 'occupancy' or 'paper', got {mode!r}")
+        if mitigation is not None and mitigation not in get_args(Mitigation):
+            raise InvalidArgument(
+                f"mitigation must be 'spread', 'exclude' or 'load_only', got {mitigation!r}"
+            )
+        if weight not in ("tokens", "requests"):
+            raise InvalidArgument(f"weight must be 'tokens' or 'requests', got {weight!r}")
+        for name, value in (("confidence", confidence), ("window_s", window_s)):
+            if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+                raise InvalidType(f"{name} must be a number, got {type(value).__name__}")
+            if not 0 < value < float("inf"):
+                raise InvalidArgument(f"{name} must be finite and above 0, got {value}")
+        self.mode: Mode = mode
+        self.mitigation: Mitigation = mitigation or ("exclude" if mode == "paper" else "spread")
+        self._by_tokens = weight == "tokens"
+        # batch sizes count the request to come on every candidate, which weighs nothing in a comparison
+        self._loads = COLUMNS.index("context_tokens" if self._by_tokens else "batch_size")
+        self._on_alarm, self._on_release = on_alarm, on_release
+        self._paper = PaperDetector(float(window_s)) if mode == "paper" else None
+        self._core = Occupancy(float(confidence))
+        self._slots: dict[Hashable, int] = {}
+        self._alarms: dict[int, Alarm] = {}
+        self._raised = 0
+
+    @property
+    def alarms_raised(self) -> int:
+        """How many alarms there have been."""
+        return self._raised
+
+    @property
+    def classes(self) -> int:
+        """How many classes have a request in flight: entries of the state."""
+        return self._core.nodes()
+
+    def alarms(self) -> Iterator[Alarm]:
+        """Iterate over the alarms in force, the oldest first."""
+        return iter(tuple(self._alarms.values()))
+
+    def judge(self, columns: Columns) -> "tuple[NDArray[np.bool_], Alarm] | None":
+        """Return the mask of candidates to keep and the alarm that asks for it, None without one.
+
+        Changes nothing. At least one candidate is kept. O(blocks + log(blocks) * instances).
+        """
+        if self._paper is not None:
+            found = self._paper.examine(columns)
+        else:
+            found = self._core.examine(columns.request.keys, columns.table, self._loads)
+        if found is None:
+            return None
+        alarm = self._alarms.get(found[1]) or self._alarm(columns, found)
+        return self._mask(columns, columns.matched_blocks >= found[0]), alarm
+
+    def dispatch(self, columns: Columns, request_id: Hashable) -> None:
+        """Count a request in that was decided from ``columns``; start and end alarms."""
+        released: Sequence[int]
+        if self._paper is not None:
+            found, released = self._paper.dispatch(columns)
+        else:
+            weight = float(columns.request.prompt_tokens) if self._by_tokens else 1.0
+            self._slots[request_id], found, released = self._core.dispatch(
+                columns.request.keys, columns.table, self._loads, weight
+            )
+        if released:
+            self._release(released)
+        if found is not None and found[1] not in self._alarms:
+            alarm = self._alarm(columns, found)
+            self._alarms[alarm.class_hash] = alarm
+            self._raised += 1
+            if self._on_alarm is not None:
+                self._on_alarm(alarm)
+
+    def end(self, request_id: Hashable) -> None:
+        """Count a request out. One that was never counted in is ignored."""
+        slot = self._slots.pop(request_id, None)
+        if slot is not None:
+            released = self._core.end(slot)
+            if released:
+                self._release(released)
+
+    def _release(self, hashes: Sequence[int]) -> None:
+        for key in hashes:
+            alarm = self._alarms.pop(key)
+            if self._on_release is not None:
+                self._on_release(alarm)
+
+    def _alarm(self, columns: Columns, found: Found) -> Alarm:
+        depth, key, load, holders = found
+        total = 1.0 if self._paper is not None else self._core.load
+        share = load / total
+        of = "arrivals in the window" if self._paper is not None else "load in flight"
+        return Alarm(
+            class_hash=key,
+            class_blocks=depth,
+            share_ratio=share,
+            holders=holders,
+            instances=len(columns),
+            since_decision=columns.decision,
+            since_s=columns.now,
+            mitigation=self.mitigation,
+            evidence=f"{share:.1%} of {of}, held by {holders} of {len(columns)} instances",
+        )
+
+    def _mask(self, columns: Columns, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        batch = columns.batch_size
+        if self.mitigation == "exclude":
+            return ~held
+        if self.mitigation == "load_only":
+            fewest: NDArray[np.bool_] = batch == batch.min()
+            return fewest
+        # a holder at the mean or below stays: replicas appear only as fast as holders are overloaded
+        crowded: NDArray[np.bool_] = batch * len(columns) > batch.sum()
+        return ~(held & crowded)

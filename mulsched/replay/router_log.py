@@ -1,0 +1,146 @@
+"""The log of a live router, as ``mulsched.record`` writes it, read as a trace; see docs/record-format.md."""
+
+import binascii
+import json
+from base64 import b64decode
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from mulsched.errors import TraceError
+from mulsched.record import FORMAT, VERSION
+from mulsched.replay._lines import LIMIT, BadLineError, Rows, Source, as_runs, json_object, number
+from mulsched.replay.trace import Trace
+
+__all__ = ["FORMAT", "read_router_log"]
+
+
+@dataclass(slots=True)
+class _Log:
+    """What was read so far; requests in the order of the file."""
+
+    block_size: int
+    arrival_s: list[float] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    output_tokens: list[int] = field(default_factory=list)  # 0 until the end is read
+    runs: list[list[int]] = field(default_factory=list)  # start, length, start, length, ...
+    row_of: dict[int, int] = field(default_factory=dict)  # by the number of the decision
+    request_of: dict[str | int, int] = field(default_factory=dict)  # the latest of each id
+    block_of: dict[int, int] = field(default_factory=dict)  # ids by key, in the order of appearance
+    strays: int = 0  # first tokens and ends of requests that were dispatched before the log
+
+    def add(self, fields: dict[str, Any]) -> None:
+        event, now = fields.get("event"), number(fields, "t", float, -LIMIT)
+        name = fields.get("id")
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise BadLineError(f"id must be a string or an integer, got {name!r}")
+        if event == "dispatched":
+            self.dispatch(fields, now, name)
+        elif event not in ("first_token", "finished"):
+            raise BadLineError(f"event must be dispatched, first_token or finished, got {event!r}")
+        elif name not in self.request_of:
+            self.strays += 1
+        elif event == "finished":
+            output = number(fields, "output_tokens", int, 0) if "output_tokens" in fields else 0
+            self.output_tokens[self.request_of[name]] = output
+
+    def dispatch(self, fields: dict[str, Any], now: float, name: str | int) -> None:
+        prompt = number(fields, "prompt_tokens", int, 1)
+        decision = number(fields, "decision", int, 0)
+        runs, keys = self.shared(fields), _keys(fields)
+        blocks = sum(runs[1::2]) + len(keys)
+        if blocks != prompt // self.block_size:
+            raise BadLineError(
+                f"{prompt} tokens have {prompt // self.block_size} whole blocks of {self.block_size}, "
+                f"got {blocks}"
+            )
+        new = as_runs([self.block_of.setdefault(key, len(self.block_of)) for key in keys])
+        self.row_of[decision] = len(self.arrival_s)
+        self.request_of[name] = len(self.arrival_s)
+        self.arrival_s.append(now)
+        self.prompt_tokens.append(prompt)
+        self.output_tokens.append(0)
+        self.runs.append(runs + new)
+
+    def shared(self, fields: dict[str, Any]) -> list[int]:
+        if "shared" not in fields:
+            return []
+        shared = fields["shared"]
+        if not isinstance(shared, list) or len(shared) != 2 or any(type(x) is not int for x in shared):
+            raise BadLineError(f"shared must be a decision and its leading blocks, got {shared!r}")
+        decision, blocks = shared
+        if decision not in self.row_of:
+            raise BadLineError(f"shares blocks with decision {decision}, which was not read")
+        runs = self.runs[self.row_of[decision]]
+        if not 0 <= blocks <= sum(runs[1::2]):
+            raise BadLineError(
+                f"shares {blocks} blocks with decision {decision}, which has {sum(runs[1::2])}"
+            )
+        return _leading(runs, blocks)
+
+
+def _leading(runs: list[int], blocks: int) -> list[int]:
+    """Return the runs of the first blocks."""
+    leading: list[int] = []
+    for start, length in zip(runs[::2], runs[1::2], strict=True):
+        if blocks:
+            leading += [start, min(length, blocks)]
+            blocks -= leading[-1]
+    return leading
+
+
+def _keys(fields: dict[str, Any]) -> list[int]:
+    text = fields.get("keys", "")
+    try:
+        return np.frombuffer(b64decode(text, validate=True), dtype="<u8").tolist()  # type: ignore[no-any-return]
+    except (TypeError, ValueError, binascii.Error):
+        raise BadLineError(f"keys must be 64-bit numbers in base64, got {str(text)[:40]!r}") from None
+
+
+def read_router_log(source: Source) -> Trace:
+    """Read a log. A last line that a crash tore is left out, and the notes say so."""
+    log = _Log(_block_size(source))
+    torn = False
+    for line_number, line in source.lines:
+        if not line.endswith("\n") and not _is_whole(line):
+            torn = True
+            continue
+        with source.at(str(line_number)):
+            log.add(json_object(line))
+    rows = Rows()
+    for row in zip(log.arrival_s, log.prompt_tokens, log.output_tokens, log.runs, strict=True):
+        rows.add(*row)
+    notes = ["the last line is torn, as by a crash, and left out"] if torn else []
+    if log.strays:
+        notes.append(f"{log.strays} signals of requests that the log does not have left out")
+    return rows.trace(source.name, log.block_size, notes=tuple(notes))
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _block_size(source: Source) -> int:
+    """Return the header's. A bad header raises TraceError always, since nothing after it can be read."""
+    ((line_number, line),) = islice(source.lines, 1)
+    try:
+        header = json_object(line)
+        if header.get("format") != FORMAT:
+            raise BadLineError(f'a header with "format": "{FORMAT}" expected, got {header.get("format")!r}')
+        version = number(header, "version", int, 1)
+        if version > VERSION:
+            raise BadLineError(
+                f"version {version} is newer than {VERSION}, the newest that this mulsched reads"
+            )
+        block_size: int = number(header, "block_size", int, 1)
+        if block_size > 2**14:
+            raise BadLineError(f"block_size must lie in 1..{2**14}, got {block_size}")
+    except BadLineError as error:
+        raise TraceError(f"{source.name}:{line_number}: {error}") from None
+    return block_size

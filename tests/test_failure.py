@@ -1,0 +1,403 @@
+"""The failure detector: shares of what is in flight, alarms, masks, the paper's phases, parity of the twins."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from backends import BACKENDS
+from columns import make_columns
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mulsched import Router, failure
+from mulsched._failure_paper import CLASS_BLOCKS
+from mulsched._failure_py import OccupancyPy, class_depths, prefix_hashes
+from mulsched.errors import InvalidArgument, InvalidType
+from mulsched.failure import FailureDetector
+from mulsched.indicators import COLUMNS
+from mulsched.policies import Policy, get
+from mulsched.scorers import Multiplicative
+
+HOT = list(range(100, 120))
+LOADS = COLUMNS.index("context_tokens")
+
+
+def native(confidence):
+    from mulsched._native import Occupancy
+
+    return Occupancy(confidence)
+
+
+CORES = {"native": native, "python": OccupancyPy}
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def core(request, monkeypatch):
+    monkeypatch.setattr(failure, "Occupancy", CORES[request.param])
+    return request.param
+
+
+def columns(keys=HOT, *, holders=1, n=4, running=None, **more):
+    """Columns of n candidates of which the first ``holders`` have the whole prompt cached."""
+    matched = [len(keys) if i < holders else 0 for i in range(n)]
+    return make_columns(
+        prompt=16 * len(keys) + 1, keys=keys, matched=matched, running=running or [0] * n, **more
+    )
+
+
+def fill(detector, count, keys=HOT, **more):
+    """Count so many requests of one class in."""
+    for i in range(count):
+        detector.dispatch(columns(keys, **more), (keys[0], i))
+
+
+def others(detector, count):
+    """Count requests in that share no block with any other."""
+    for i in range(count):
+        detector.dispatch(columns([10_000 + 20 * i + d for d in range(20)], holders=0), ("other", i))
+
+
+# -- examples -------------------------------------------------------------------------------------------
+
+
+def test_a_class_over_its_holders_share_is_in_alarm():
+    detector = FailureDetector()
+    fill(detector, 40)
+    (alarm,) = detector.alarms()
+    assert (alarm.holders, alarm.instances, alarm.class_blocks) == (1, 4, 16)
+
+
+def test_a_class_within_its_holders_share_is_not():
+    detector = FailureDetector()
+    others(detector, 120)
+    fill(detector, 40, holders=2)
+    assert list(detector.alarms()) == []
+
+
+def test_few_requests_are_no_evidence():
+    detector = FailureDetector()
+    fill(detector, 10)
+    assert detector.alarms_raised == 0
+
+
+def test_a_class_that_all_hold_is_never_in_alarm():
+    detector = FailureDetector()
+    fill(detector, 100, holders=4)
+    assert detector.alarms_raised == 0
+
+
+def test_a_class_that_none_holds_is_never_in_alarm():
+    detector = FailureDetector()
+    fill(detector, 100, holders=0)
+    assert detector.alarms_raised == 0
+
+
+def test_load_counts_prompt_tokens():
+    detector = FailureDetector()
+    for i in range(100):
+        detector.dispatch(make_columns(prompt=1, matched=[0] * 4), i)
+    fill(detector, 30)
+    (alarm,) = detector.alarms()
+    assert alarm.share_ratio > 0.9
+
+
+def test_weight_requests_counts_requests():
+    detector = FailureDetector(weight="requests")
+    for i in range(300):
+        detector.dispatch(make_columns(prompt=1, matched=[0] * 4), i)
+    fill(detector, 30)
+    assert detector.alarms_raised == 0
+
+
+def test_classes_that_share_holders_are_in_alarm_together():
+    detector = FailureDetector(weight="requests")
+    others(detector, 60)
+    for i in range(3):  # each a sixth of the load, together half of it, on one instance of four
+        keys = [1000 * i + d for d in range(16)]
+        fill(detector, 20, keys, running=[70, 20, 20, 20])
+    assert [alarm.share_ratio < 1 / 4 for alarm in detector.alarms()] == [True] * 3
+
+
+def test_an_alarm_ends_when_there_are_holders_enough():
+    detector = FailureDetector()
+    fill(detector, 40)
+    detector.dispatch(columns(holders=4), "last")
+    assert list(detector.alarms()) == []
+
+
+def test_an_alarm_ends_with_the_last_request_of_its_class():
+    detector = FailureDetector()
+    fill(detector, 40)
+    for i in range(40):
+        detector.end((HOT[0], i))
+    assert list(detector.alarms()) == []
+
+
+def test_callbacks_hear_of_start_and_end():
+    heard = []
+    detector = FailureDetector(
+        on_alarm=lambda alarm: heard.append(("on", alarm)), on_release=lambda a: heard.append(("off", a))
+    )
+    fill(detector, 40)
+    detector.dispatch(columns(holders=4), "last")
+    (on, raised), (off, released) = heard
+    assert (on, off) == ("on", "off")
+    assert raised is released
+
+
+def test_spread_leaves_out_holders_above_the_mean():
+    detector = FailureDetector()
+    fill(detector, 40)
+    mask, _ = detector.judge(columns(holders=2, running=[9, 1, 9, 1]))
+    assert mask.tolist() == [False, True, True, True]
+
+
+def test_exclude_leaves_out_all_holders():
+    detector = FailureDetector(mitigation="exclude")
+    fill(detector, 40)
+    mask, _ = detector.judge(columns(holders=2, running=[9, 1, 9, 1]))
+    assert mask.tolist() == [False, False, True, True]
+
+
+def test_load_only_keeps_the_least_loaded():
+    detector = FailureDetector(mitigation="load_only")
+    fill(detector, 40)
+    mask, _ = detector.judge(columns(running=[9, 1, 9, 1]))
+    assert mask.tolist() == [False, True, False, True]
+
+
+# -- the paper's detector -------------------------------------------------------------------------------
+
+
+def test_phase_1_alone_filters_nothing():
+    detector = FailureDetector(mode="paper")
+    fill(detector, 2, holders=1)
+    assert detector.judge(columns()) is None
+
+
+def test_phase_2_filters_after_more_than_two_per_holder_in_a_row():
+    detector = FailureDetector(mode="paper")
+    fill(detector, 3)
+    mask, alarm = detector.judge(columns())
+    assert mask.tolist() == [False, True, True, True]
+    assert alarm.class_blocks == CLASS_BLOCKS
+
+
+def test_a_request_that_scores_better_elsewhere_starts_the_count_anew():
+    detector = FailureDetector(mode="paper")
+    fill(detector, 2)
+    detector.dispatch(columns(running=[1000, 0, 0, 0]), "elsewhere")
+    fill(detector, 2)
+    assert detector.judge(columns()) is None
+
+
+def test_the_papers_filter_ends_when_the_condition_holds_again():
+    detector = FailureDetector(mode="paper")
+    fill(detector, 3)
+    others(detector, 12)
+    detector.dispatch(columns(), "last")
+    assert list(detector.alarms()) == []
+
+
+def test_the_papers_window_is_a_minute():
+    detector = FailureDetector(mode="paper")
+    fill(detector, 3, now=0.0)
+    for i in range(9):
+        detector.dispatch(columns([50_000 + 20 * i + d for d in range(20)], holders=0, now=59.0), ("o", i))
+    detector.dispatch(columns(now=61.0), "last")
+    assert list(detector.alarms()) == []
+
+
+# -- in a router ----------------------------------------------------------------------------------------
+
+
+def herding_router(**options):
+    """Four instances, of which one has a prefix that 40 requests have been sent for."""
+    router = Router(block_size=4, detector=FailureDetector(**options))
+    for i in range(4):
+        router.add_instance(f"i{i}", cache_blocks=1000)
+    router.route(list(range(400)), request_id="first", candidates=["i0"])
+    router.first_token("first")
+    for i in range(40):
+        router.route(list(range(400)), request_id=i, candidates=["i0"])
+    return router
+
+
+def test_a_router_spreads_a_class_in_alarm():
+    router = herding_router()
+    router.route(list(range(400)), request_id="all")
+    assert router.select(list(range(400))).instance != "i0"
+
+
+def test_a_decision_says_which_alarm_is_in_force():
+    router = Router(block_size=4, detector=FailureDetector())
+    for i in range(4):
+        router.add_instance(f"i{i}", cache_blocks=1000)
+    for i in range(40):
+        router.route(list(range(400)), request_id=i)
+        router.first_token(i)
+        if list(router.detector.alarms()):
+            break
+    text = router.select(list(range(400))).explain()
+    assert ("in alarm since decision" in text) == bool(list(router.detector.alarms()))
+
+
+def test_selecting_changes_nothing():
+    router = herding_router()
+    before = list(router.detector.alarms())
+    router.select(list(range(400)))
+    assert list(router.detector.alarms()) == before
+
+
+def test_an_instances_removal_takes_its_requests_out():
+    router = herding_router()
+    router.remove_instance("i0")
+    assert router.detector.classes == 0
+
+
+@pytest.mark.parametrize("end", ["finish", "cancel"])
+def test_ends_are_heard(end):
+    router = herding_router()
+    for request in ["first", *range(40)]:
+        getattr(router, end)(request)
+    assert router.detector.classes == 0
+
+
+def test_a_policy_may_bring_its_detector():
+    assert Router(policy="lmetric_guarded").detector is not None
+
+
+def test_a_router_has_none_by_default():
+    assert Router().detector is None
+
+
+# -- edges ----------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_was_never_counted_in_ends_unheard():
+    detector = FailureDetector()
+    detector.end("nobody")
+    assert detector.classes == 0
+
+
+def test_a_prompt_shorter_than_a_block_has_no_class():
+    detector = FailureDetector()
+    for i in range(50):
+        detector.dispatch(make_columns(prompt=3, matched=[0, 0]), i)
+    assert detector.classes == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mode": "both"}, InvalidArgument, "mode must be 'occupancy' or 'paper', got 'both'"),
+        ({"mitigation": "pray"}, InvalidArgument, "got 'pray'"),
+        ({"weight": "gold"}, InvalidArgument, "got 'gold'"),
+        ({"confidence": 0}, InvalidArgument, "confidence must be finite and above 0, got 0"),
+        ({"confidence": "3"}, InvalidType, "confidence must be a number, got str"),
+        ({"window_s": float("inf")}, InvalidArgument, "window_s must be finite and above 0, got inf"),
+    ],
+)
+def test_a_wrong_option_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        FailureDetector(**options)
+
+
+def test_a_router_refuses_what_is_no_detector():
+    with pytest.raises(InvalidType, match="FailureDetector or None"):
+        Router(detector="yes")
+
+
+def test_a_policy_refuses_what_is_no_detector():
+    with pytest.raises(InvalidType, match="FailureDetector or None"):
+        Policy(name="p", score=Multiplicative(), detector="yes")
+
+
+# -- properties -----------------------------------------------------------------------------------------
+
+PATHS = st.lists(st.integers(0, 1), max_size=9)
+
+
+def test_depths_grow_by_half_an_octave_at_most():
+    depths = class_depths(10_000)
+    assert all(b <= max(a + 1, 1.5 * a) for a, b in pairwise(depths))
+
+
+@given(n=st.integers(0, 300), more=st.integers(0, 50))
+def test_a_hash_depends_on_its_prefix_only(n, more):
+    keys = np.arange(n + more, dtype=np.uint64) * np.uint64(77)
+    depths = class_depths(n)
+    assert prefix_hashes(keys, depths) == prefix_hashes(keys[:n], depths)
+
+
+def table_of(matched, loads):
+    table = np.zeros((len(COLUMNS), len(matched)), dtype=np.int64)
+    table[0], table[LOADS] = matched, loads
+    return table
+
+
+def keys_of(path):
+    return np.array([7 + bit for bit in path], dtype=np.uint64)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.booleans(),
+        PATHS,
+        st.lists(st.integers(0, 9), min_size=3, max_size=3),
+        st.lists(st.integers(0, 90), min_size=3, max_size=3),
+        st.integers(1, 30),
+    ),
+    max_size=60,
+)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(deadline=None)
+@given(steps=STEPS)
+def test_counts_are_those_of_a_naive_model(name, steps):
+    occupancy, flight = CORES[name](3.0), {}
+    for ends, path, matched, loads, weight in steps:
+        if ends and flight:
+            slot = min(flight)
+            occupancy.end(slot)
+            del flight[slot]
+        else:
+            slot, _, _ = occupancy.dispatch(keys_of(path), table_of(matched, loads), LOADS, weight)
+            flight[slot] = (tuple(path), weight)
+    classes = {path[:d] for path, _ in flight.values() for d in class_depths(len(path))}
+    assert (occupancy.nodes(), occupancy.load) == (len(classes), sum(w for _, w in flight.values()))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(deadline=None)
+@given(steps=STEPS, order=st.permutations(range(3)))
+def test_the_order_of_candidates_does_not_matter(name, steps, order):
+    one, other = CORES[name](0.5), CORES[name](0.5)
+    for _, path, matched, loads, weight in steps:
+        told = one.dispatch(keys_of(path), table_of(matched, loads), LOADS, weight)
+        moved = table_of(np.array(matched)[order], np.array(loads)[order])
+        assert other.dispatch(keys_of(path), moved, LOADS, weight) == told
+
+
+@settings(deadline=None)
+@given(steps=STEPS, confidence=st.sampled_from([0.1, 1.0, 3.0]))
+def test_the_twins_agree(steps, confidence):
+    cores = [CORES[name](confidence) for name in BACKENDS]
+    slots = []
+    for ends, path, matched, loads, weight in steps:
+        if ends and slots:
+            told = [tuple(core.end(slots[0])) for core in cores]
+            slots.pop(0)
+        else:
+            table = table_of(matched, loads)
+            told = [core.examine(keys_of(path), table, LOADS) for core in cores]
+            assert told[0] == told[-1]
+            told = [core.dispatch(keys_of(path), table, LOADS, weight) for core in cores]
+            slots.append(told[0][0])
+            told = [(slot, found, tuple(released)) for slot, found, released in told]
+        assert told[0] == told[-1]
+
+
+def test_the_guarded_policy_is_lmetric_while_nothing_is_in_alarm():
+    assert get("lmetric_guarded").score.indicators == get("lmetric").score.indicators
