@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from mulsched.openai_prompt import text_of
 from mulsched.replay._lines import LIMIT, BadLineError, number
-from mulsched.replay._prompts import Prompt, render, text_of
+from mulsched.replay._prompts import Prompt, render
 
 # where a line may have them, first match; "" is the line itself
 BODIES = ("", "request", "request.body", "body", "request_body", "proxy_server_request.body", "input")

@@ -1,0 +1,1 @@
+"""The router inside other projects' gateways: a module or package for each, each an extra."""

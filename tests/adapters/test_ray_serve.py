@@ -1,0 +1,112 @@
+"""The Ray Serve adapter in a real local Ray. Opt in with ``-m ray``, where ray[serve] is installed."""
+
+import asyncio
+import os
+import time
+from collections import Counter
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
+
+REPLICAS = 3
+
+
+@pytest.fixture(scope="module")
+def handle():
+    import ray
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    @serve.deployment(
+        num_replicas=REPLICAS,
+        max_ongoing_requests=100,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=1,
+        request_router_config=RequestRouterConfig(
+            request_router_class="mulsched.adapters.ray_serve:LMetricRequestRouter",
+            request_router_kwargs={"cache_tokens": 100_000, "prefill_tokens_per_s": 1e9},
+        ),
+    )
+    class Engine:
+        def __init__(self):
+            self.open = asyncio.Event()
+
+        async def __call__(self, body):
+            return os.getpid()
+
+        async def wait(self, body):
+            await asyncio.wait_for(self.open.wait(), timeout=60)
+            return os.getpid()
+
+        async def release(self):
+            self.open.set()
+
+        async def die(self, body):
+            os._exit(1)
+
+    ray.init(
+        num_cpus=1,
+        object_store_memory=80 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}},
+    )
+    serve.start(proxy_location="Disabled")
+    yield serve.run(Engine.bind(), name="engines", route_prefix=None)
+    serve.shutdown()
+    ray.shutdown()
+
+
+def router_of(handle):
+    return handle._router._asyncio_router._request_router
+
+
+def until(condition, timeout_s=30):
+    """Poll: Ray tells of ends and deaths from its own threads and processes, and gives nothing to wait for."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def chat(text):
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+def test_a_conversation_stays_with_the_replica_that_holds_its_prefix(handle):
+    for topic in "abc":
+        first = handle.remote(chat(topic * 4000)).result(timeout_s=60)
+        later = [handle.remote(chat(topic * 4000 + str(turn))).result(timeout_s=60) for turn in range(5)]
+        assert later == [first] * 5
+
+
+def test_finished_requests_leave_nothing_booked(handle):
+    handle.remote(chat("hello" * 100)).result(timeout_s=60)
+    until(lambda: len(router_of(handle).bodies.lifecycle) == 0)
+
+
+def test_concurrent_requests_do_not_herd(handle):
+    waiting = [handle.wait.remote(chat(f"{i} " * 500)) for i in range(4 * REPLICAS)]
+    lifecycle = router_of(handle).bodies.lifecycle
+    until(lambda: len(lifecycle) == len(waiting))
+    loads = [lifecycle.router.load(name) for name in lifecycle.router.instances]
+    handle.broadcast("release").results(timeout_s=60)
+    answers = Counter(response.result(timeout_s=60) for response in waiting)
+    assert [load["running"] + load["waiting"] for load in loads] == [4] * REPLICAS
+    assert sorted(answers.values()) == [4] * REPLICAS
+
+
+def test_a_killed_replica_is_forgotten_and_its_prefixes_go_elsewhere(handle):
+    prompt = chat("z" * 4000)
+    holder = handle.remote(prompt).result(timeout_s=60)
+    until(lambda: len(router_of(handle).bodies.lifecycle) == 0)
+    before = set(router_of(handle).bodies.lifecycle.router.instances)
+    with pytest.raises(Exception, match="died|crash|Error"):
+        handle.die.remote(prompt).result(timeout_s=60)
+    elsewhere = [handle.remote(prompt).result(timeout_s=60) for _ in range(5)]
+    after = set(router_of(handle).bodies.lifecycle.router.instances)
+    assert holder not in elsewhere
+    assert len(set(elsewhere)) == 1
+    assert len(before - after) == 1
+    until(lambda: len(router_of(handle).bodies.lifecycle) == 0)
