@@ -35,7 +35,7 @@ def check_score(
     """Check a score or a whole policy against the invariants that apply to it.
 
     ``score``: what ``Router(policy=...)`` takes, a spec such as ``"linear:weight=0.5"`` too. ``examples``
-    are tried for each invariant, the same ones for the same ``seed``; 100 take one or two seconds in all.
+    are tried for each invariant, the same ones for the same ``seed``; 100 take about five seconds in all.
     ``only``: the names of the invariants to check; None for all. ``shrink``: whether to look for the
     smallest counter-example, which takes longer than to find one.
 
