@@ -131,6 +131,7 @@ class Router:
         self._index = PrefixIndex()
         # rows of both indexes agree, since instances are added to and removed from both alike
         self._in_flight = PrefixIndex() if in_flight == "cached" else None
+        self._coming: dict[int, list[Booking]] = {}  # by row, those whose prefix is in flight
         self._load = LoadTable()
         self._predicted: set[str] = set()
         self._last_report: dict[str, float] = {}
@@ -199,6 +200,7 @@ class Router:
             self._index.remove_instance(instance)
             if self._in_flight is not None:
                 self._in_flight.remove_instance(instance)
+                self._coming.pop(row, None)
             self._predicted.discard(instance)
             self._last_report.pop(instance, None)
             self._refresh_candidates()
@@ -441,6 +443,7 @@ class Router:
         self._decision += 1
         if self._in_flight is not None:
             self._in_flight.store(decision.instance, request.keys)
+            self._coming.setdefault(row, []).append(booking)
         if self._detector is not None:  # last: if a callback raises, the request is booked
             self._detector.dispatch(decision.columns, request_id)
 
@@ -504,13 +507,15 @@ class Router:
             self._index.store(instance, booking.keys)
 
     def _forget_in_flight(self, booking: Booking) -> None:
-        """Take a prefix out of flight, except what other requests that wait there share with it."""
+        """Take a prefix out of flight, except what other requests that wait there share with it.
+
+        O(blocks of the prompt * requests that wait there).
+        """
         if self._in_flight is None:
             return
+        others = self._coming[booking.row] = [o for o in self._coming[booking.row] if o is not booking]
         shared = 0
-        for other in self._load.bookings().values():
-            if other is booking or other.row != booking.row or not other.waiting:
-                continue
+        for other in others:
             n = min(len(other.keys), len(booking.keys))
             differs = np.flatnonzero(other.keys[:n] != booking.keys[:n])
             shared = max(shared, int(differs[0]) if len(differs) else n)
