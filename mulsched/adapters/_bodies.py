@@ -12,6 +12,7 @@ import numpy as np
 from mulsched.block_keys import block_keys
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.lifecycle import Lifecycle
+from mulsched.load import check_count
 from mulsched.openai_prompt import Prompt, parse_prompt
 from mulsched.router import PolicyLike, Router
 from mulsched.types import Namespace
@@ -41,6 +42,8 @@ class BodyRouter:
         prefill_tokens_per_s: float | None = None,
         expire_after_s: float = 3600.0,
     ) -> None:
+        check_count(block_size, "block_size", least=1)
+        check_count(cache_tokens, "cache_tokens", least=block_size)
         self._block_size = block_size
         self._cache_blocks = cache_tokens // block_size
         rate = None if prefill_tokens_per_s is None else prefill_tokens_per_s * CHARACTERS_PER_TOKEN
@@ -99,13 +102,8 @@ def as_body(value: Any) -> Mapping[str, Any] | None:
         return {"prompt": value}
     if isinstance(value, Mapping):
         return value if value.keys() & set(_PROMPTS) else None
-    names = [
-        name
-        for name in ("model", "cache_salt", "tools", "messages", "prompt", "input")
-        if hasattr(value, name)
-    ]
-    body = {name: _plain(getattr(value, name)) for name in names}
-    return body if body.keys() & {"messages", "prompt", "input"} else None
+    body = {name: _plain(getattr(value, name)) for name in (*_SHARED, *_PROMPTS) if hasattr(value, name)}
+    return body if body.keys() & set(_PROMPTS) else None
 
 
 def _plain(value: Any) -> Any:

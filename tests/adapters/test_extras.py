@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mulsched.adapters._bodies import as_body
-from mulsched.errors import MissingExtra
+from mulsched.adapters._bodies import BodyRouter, as_body
+from mulsched.errors import InvalidArgument, MissingExtra
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,9 @@ class Message:
 )
 def test_what_a_body_is_among_the_arguments_of_a_call(value, body):
     assert as_body(value) == body
+
+
+@pytest.mark.parametrize("options", [{"cache_tokens": 15}, {"block_size": 0}, {"prefill_tokens_per_s": -1}])
+def test_options_are_checked_before_any_instance_is_there(options):
+    with pytest.raises(InvalidArgument, match=next(iter(options))):
+        BodyRouter(**options)
