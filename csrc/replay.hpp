@@ -20,6 +20,7 @@ struct ReplayOptions {
   std::int64_t prefill_instances;  // 0: every instance does both phases
   std::int64_t decode_instances;   // all instances, if every one does both
   bool predicted;                  // the router predicts caches instead of hearing of them
+  bool in_flight;                  // prefixes count as cached from their dispatch on
   double state_delay_s, event_loss_ratio, transfer_s_per_token;
   std::uint64_t seed;
 };
@@ -30,6 +31,12 @@ struct ReplayRecords {
   std::int64_t *instance, *decode_instance, *cached_tokens, *hit_tokens;
 };
 
+// A request whose prefix is in flight.
+struct Coming {
+  std::int64_t request;
+  std::vector<Key> keys;
+};
+
 // Instances of one kind and the router's view of them.
 struct Pool {
   std::int64_t first;  // number of its first instance
@@ -38,6 +45,8 @@ struct Pool {
   bool tell_ends = false;  // the policy keeps account of requests
   PrefixIndex index;
   HolderMasks masks;  // in place of the index, if the replay is masked
+  PrefixIndex in_flight;  // prefixes of requests without a first token, if they count
+  std::vector<std::vector<Coming>> coming;  // those requests by row
   std::vector<Engine> engines;
   std::vector<std::int64_t> load, rows, table;
   std::vector<double> scores;
@@ -154,12 +163,14 @@ class Replay {
     pool.table.resize(kColumns * size);
     pool.scores.resize(size);
     pool.messages.assign(size, 0);
+    pool.coming.resize(size);
     pool.booked_new.resize(static_cast<std::size_t>(trace_.n));
     if (masked_) pool.masks.resize(shared_.size(trace_), size);
     for (std::size_t row = 0; row < size; ++row) {
       pool.engines.emplace_back(limits, !masked_);
       pool.rows.push_back(static_cast<std::int64_t>(row));
       pool.index.add_row(static_cast<Row>(row), options_.predicted ? limits.kv_blocks : kUnbounded, !options_.predicted);
+      if (options_.in_flight) pool.in_flight.add_row(static_cast<Row>(row), kUnbounded, false);
     }
     for (std::size_t row = 0; row < size; ++row) pool.at(kLoadLastChosen, row) = -1;
   }
@@ -189,7 +200,7 @@ class Replay {
     const RequestBlocks blocks = masked_ ? shared_.keys(trace_, i, options_.block_size, keys_)
                                          : request_keys(trace_, i, options_.block_size, keys_);
     const auto fill = [&](const auto& index, std::size_t n_keys) {
-      fill_columns(index, nullptr, keys_.data(), n_keys, prompt, options_.block_size, pool.rows.data(),
+      fill_columns(index, options_.in_flight ? &pool.in_flight : nullptr, keys_.data(), n_keys, prompt, options_.block_size, pool.rows.data(),
                    pool.rows.size(), pool.view(), pool.table.data());
     };
     if (masked_) {
@@ -210,6 +221,8 @@ class Replay {
     pool.at(kLoadWaiting, row) += 1;
     pool.at(kLoadContext, row) += prompt;
     pool.at(kLoadLastChosen, row) = pool.decisions++;
+    // others can ask for no more of it
+    if (options_.in_flight) announce(pool, row, i, std::min(blocks.n_prompt, blocks.n_shared));
     const bool last = p + 1 == pools_.size();
     if (p == 0) {
       records_.instance[i] = pool.first + chosen;
@@ -223,6 +236,24 @@ class Replay {
                   last ? trace_.output_tokens[i] : 1, p > 0 ? prompt : 0);
     if (!engine.stepping()) start_step(p, row, now);
     return true;
+  }
+
+  // The first n keys of a request are on their way to a row.
+  void announce(Pool& pool, std::size_t row, std::int64_t i, std::size_t n) {
+    pool.in_flight.store(static_cast<Row>(row), keys_.data(), n);
+    pool.coming[row].push_back({i, std::vector<Key>(keys_.begin(), keys_.begin() + static_cast<std::ptrdiff_t>(n))});
+  }
+
+  // They are there, except for what other requests on their way share with them.
+  void arrive(Pool& pool, std::size_t row, std::int64_t i) {
+    std::vector<Coming>& coming = pool.coming[row];
+    const auto at = std::find_if(coming.begin(), coming.end(), [i](const Coming& each) { return each.request == i; });
+    const std::vector<Key> keys = std::move(at->keys);
+    coming.erase(at);
+    std::ptrdiff_t shared = 0;
+    for (const Coming& other : coming)
+      shared = std::max(shared, std::mismatch(keys.begin(), keys.end(), other.keys.begin(), other.keys.end()).first - keys.begin());
+    pool.in_flight.discard(static_cast<Row>(row), keys.data(), keys.size(), static_cast<std::size_t>(shared));
   }
 
   std::int64_t ask(std::size_t p, std::int64_t i, std::size_t n_prompt, double now) {
@@ -343,6 +374,7 @@ class Replay {
       pool.at(kLoadQueued, news.row) -= pool.booked_new[static_cast<std::size_t>(news.request)];
       pool.at(kLoadWaiting, news.row) -= 1;
       pool.at(kLoadRunning, news.row) += 1;
+      if (options_.in_flight) arrive(pool, news.row, news.request);
     } else {
       pool.at(kLoadRunning, news.row) -= 1;
       pool.at(kLoadContext, news.row) -= trace_.prompt_tokens[news.request];

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +50,10 @@ if BACKEND == "native":
     from mulsched._native import FusedScore
     from mulsched._native import select as select_fused
 
-__all__ = ["Router"]
+__all__ = ["InFlight", "Router"]
+
+InFlight = Literal["ignore", "cached"]
+"""How prefixes of requests without a first token count."""
 
 PolicyLike = str | Policy | Callable[[Columns], Any]
 
@@ -103,7 +106,7 @@ class Router:
         policy: PolicyLike = "lmetric",
         ties: Ties | None = None,
         seed: int = 0,
-        in_flight: Literal["ignore", "cached"] = "ignore",
+        in_flight: InFlight = "ignore",
         key_seed: int = DEFAULT_SEED,
         detector: FailureDetector | None = None,
     ) -> None:
@@ -116,7 +119,7 @@ class Router:
             raise InvalidType(f"seed must be an int, got {type(seed).__name__}")
         if ties not in (None, "least_recent", "random", "first"):
             raise InvalidArgument(f"ties must be 'least_recent', 'random' or 'first', got {ties!r}")
-        if in_flight not in ("ignore", "cached"):
+        if in_flight not in get_args(InFlight):
             raise InvalidArgument(f"in_flight must be 'ignore' or 'cached', got {in_flight!r}")
         namespace_seed(None, key_seed)
         self._block_size = int(block_size)

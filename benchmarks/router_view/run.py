@@ -14,7 +14,7 @@ import numpy as np
 from failure.cases import CASES, INSTANCES, PROFILE, Case
 
 from mulsched import Router, policies
-from mulsched.replay import builtin_profile
+from mulsched.replay import Trace, builtin_profile, replay
 from router_view.views import (
     DiscountingRouter,
     SilentRouter,
@@ -27,6 +27,8 @@ HERE = Path(__file__).parent
 LOAD = 0.8
 SEEDS = (0, 1)
 RUN_CASES = ("chat", "coder", "one-class", "several-classes", "identical")
+NATIVE_CASES = ("api", "mooncake", "agentic", "thinking", "growing", "long-output-small")
+"""Replayed natively, with what that knows: prefixes in flight."""
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 VIEWS = (
     "told",
@@ -36,6 +38,7 @@ VIEWS = (
     "never",
     *(f"estimate x {r:g}" for r in RATES),
 )
+NATIVE_VIEWS = ("told", "noise", "in flight cached")
 FIGURES = ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s", "hit_ratio")
 
 
@@ -52,13 +55,12 @@ def router_of(view: str, rate: float, options: dict[str, Any]) -> Any:
     return SilentRouter(rate * float(view.removeprefix("estimate x ")), **options)
 
 
-def run(case: Case, view: str, seed: int) -> dict[str, Any]:
+def run(case: Case, view: str, seed: int, data: Path) -> dict[str, Any]:
     """Return the row of one replay."""
+    if case.name in NATIVE_CASES:
+        return run_native(case, view, seed, data)
     profile = builtin_profile(PROFILE)
-    scale = json.loads((HERE.parent / "failure" / "results" / f"saturation-{case.name}.json").read_text())[
-        "scale"
-    ]
-    trace = case.trace(LOAD * scale, seed=seed, data=Path())
+    trace = trace_of(case, seed, data)
     policy = policies.get("lmetric")
     options = options_for(
         policy,
@@ -79,20 +81,45 @@ def run(case: Case, view: str, seed: int) -> dict[str, Any]:
     return {"case": case.name, "view": view, "seed": seed, "requests": len(trace), **figures}
 
 
+def trace_of(case: Case, seed: int, data: Path) -> Trace:
+    """Return the case's trace at the load."""
+    path = HERE.parent / "failure" / "results" / f"saturation-{case.name}.json"
+    load = LOAD if LOAD in case.loads else max(case.loads)
+    return case.trace(load * json.loads(path.read_text())["scale"], seed=seed, data=data)
+
+
+def run_native(case: Case, view: str, seed: int, data: Path) -> dict[str, Any]:
+    """Return the row of one native replay."""
+    result = replay(
+        trace_of(case, seed, data),
+        "lmetric",
+        profile=builtin_profile(PROFILE),
+        instances=INSTANCES,
+        kv_blocks=case.kv_blocks,
+        loop=case.loop,
+        seed=seed,
+        ties="random" if view == "noise" else None,
+        in_flight="cached" if view == "in flight cached" else "ignore",
+    )
+    figures = {name: result.summary()[name] for name in FIGURES}
+    return {"case": case.name, "view": view, "seed": seed, "requests": len(result.arrival_s), **figures}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
-    parser.add_argument("--cases", nargs="+", default=RUN_CASES, metavar="NAME")
+    parser.add_argument("--cases", nargs="+", default=(*RUN_CASES, *NATIVE_CASES), metavar="NAME")
+    parser.add_argument("--data", type=Path, default=Path("traces"), help="folder of the real traces")
     options = parser.parse_args()
     rows = json.loads(options.out.read_text()) if options.out.exists() else []
     there = {(row["case"], row["view"], row["seed"]) for row in rows}
     by_name = {case.name: case for case in CASES}
     for name in options.cases:
         for seed in SEEDS:
-            for view in VIEWS:
+            for view in NATIVE_VIEWS if name in NATIVE_CASES else VIEWS:
                 if (name, view, seed) in there:
                     continue
-                rows.append(run(by_name[name], view, seed))
+                rows.append(run(by_name[name], view, seed, options.data))
                 options.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     print(table(rows))
 

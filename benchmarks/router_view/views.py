@@ -119,5 +119,6 @@ def options_for(
         seed=seed,
         state_delay_s=0.0,
         event_loss_ratio=0.0,
+        in_flight="ignore",
         transfer_s_per_token=0.0,
     )

@@ -25,6 +25,7 @@ from mulsched.replay.simulator import CacheSource, Disaggregation, Loop
 from mulsched.replay.slo import parse_slo
 from mulsched.replay.synthetic import WORKLOADS, format_calibration
 from mulsched.replay.trace import Trace
+from mulsched.router import InFlight
 
 __all__ = ["add_parser"]
 
@@ -91,6 +92,12 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="X",
         help="share of cache events that get lost, 0 to 1",
+    )
+    parser.add_argument(
+        "--in-flight",
+        choices=get_args(InFlight),
+        default="ignore",
+        help="whether prefixes count as cached from their dispatch on",
     )
     parser.add_argument(
         "--prefill-instances",
@@ -213,6 +220,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
             "loop": options.loop,
             "state_delay_s": options.state_delay,
             "event_loss_ratio": options.event_loss,
+            "in_flight": options.in_flight,
             "disaggregation": prefill if prefill is None else Disaggregation(prefill),
         },
         rates=rates,

@@ -105,7 +105,7 @@ cdef extern from "replay.hpp" namespace "mulsched" nogil:
 
     cdef cppclass COptions "mulsched::ReplayOptions":
         int64_t block_size, prefill_instances, decode_instances
-        cbool predicted
+        cbool predicted, in_flight
         double state_delay_s, event_loss_ratio, transfer_s_per_token
         uint64_t seed
 
@@ -478,6 +478,7 @@ def run_replay(trace, options, records, progress):
         first += size
     plain.block_size = options.profile.block_size
     plain.prefill_instances, plain.decode_instances = options.prefill_instances, options.decode_instances
+    plain.in_flight = options.in_flight == "cached"
     plain.predicted, plain.seed = options.predicted, options.seed % 2**64
     plain.state_delay_s, plain.event_loss_ratio = options.state_delay_s, options.event_loss_ratio
     plain.transfer_s_per_token = options.transfer_s_per_token

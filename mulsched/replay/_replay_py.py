@@ -65,6 +65,7 @@ class _Replay:
             policy=options.policies[p],
             ties=options.ties[p],
             seed=options.seed,
+            in_flight=options.in_flight,
         )
         first = options.prefill_instances if p else 0
         for i in range(n):

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from mulsched.policies import Policy, Ties
 from mulsched.replay.profile import Profile
+from mulsched.router import InFlight
 
 __all__ = ["Counts", "Records", "ReplayOptions"]
 
@@ -27,6 +28,7 @@ class ReplayOptions:
     decode_instances: int
     closed: bool
     predicted: bool
+    in_flight: InFlight
     seed: int
     state_delay_s: float
     event_loss_ratio: float

@@ -18,6 +18,7 @@ from mulsched.policies import Policy, Ties, get
 from mulsched.replay.profile import Profile
 from mulsched.replay.records import Records, ReplayOptions
 from mulsched.replay.trace import Trace
+from mulsched.router import InFlight
 
 if BACKEND == "native":
     from mulsched.replay._native import run_replay
@@ -83,6 +84,7 @@ class ReplayResult:
     cache_source: str
     state_delay_s: float
     event_loss_ratio: float
+    in_flight: str
     disaggregation: Disaggregation | None
     arrival_s: NDArray[np.float64]
     first_token_s: NDArray[np.float64]
@@ -156,6 +158,7 @@ def replay(
     loop: Loop = "open",
     state_delay_s: float = 0.0,
     event_loss_ratio: float = 0.0,
+    in_flight: InFlight = "ignore",
     disaggregation: Disaggregation | None = None,
     seed: int = 0,
     ties: Ties | None = None,
@@ -168,8 +171,9 @@ def replay(
     events, or predicts them. ``loop``: requests arrive by the trace's times, or (closed) a follow-up arrives
     its think time after the end of the request before it. ``state_delay_s``: how much later the router hears
     what an engine tells, KV events, first tokens and ends alike. ``event_loss_ratio``: the share of messages
-    of KV events, one a step, that never arrive. ``disaggregation``: ``policy`` then chooses among the
-    prefill instances. ``progress(done, all)`` is called now and then.
+    of KV events, one a step, that never arrive. ``in_flight``: as of a :class:`~mulsched.Router`.
+    ``disaggregation``: ``policy`` then chooses among the prefill instances. ``progress(done, all)`` is called
+    now and then.
     Deterministic: the same arguments give the same result.
 
     Raises UnknownPolicy, InvalidArgument (among others: a request that no engine can hold).
@@ -191,6 +195,8 @@ def replay(
             "raise kv_blocks or limit prompts"
         )
     _check_seconds("state_delay_s", state_delay_s)
+    if in_flight not in get_args(InFlight):
+        raise InvalidArgument(f"in_flight must be 'ignore' or 'cached', got {in_flight!r}")
     if not 0 <= event_loss_ratio <= 1:
         raise InvalidArgument(f"event_loss_ratio must lie in 0..1, got {event_loss_ratio}")
     if profile.block_size > trace.block_size or trace.block_size % profile.block_size:
@@ -214,6 +220,7 @@ def replay(
         seed=seed,
         state_delay_s=state_delay_s,
         event_loss_ratio=event_loss_ratio,
+        in_flight=in_flight,
         transfer_s_per_token=0.0 if disaggregation is None else disaggregation.transfer_s_per_token,
     )
     records = Records.empty(len(trace))
@@ -232,6 +239,7 @@ def replay(
         cache_source=cache_source,
         state_delay_s=state_delay_s,
         event_loss_ratio=event_loss_ratio,
+        in_flight=in_flight,
         disaggregation=disaggregation,
         arrival_s=records.arrival_s,
         first_token_s=records.first_token_s,

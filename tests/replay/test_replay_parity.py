@@ -84,12 +84,13 @@ def twins(trace, policy, **options):
     ties=st.sampled_from([None, "random", "first"]),
     delay=st.sampled_from([0.0, 0.03]),
     loss=st.sampled_from([0.0, 0.3]),
+    in_flight=st.sampled_from(["ignore", "cached"]),
     split=st.sampled_from([None, Disaggregation(1), Disaggregation(2, "lmetric", 1e-4)]),
     blocks=st.sampled_from([20, 200]),
     seed=st.integers(-5, 5),
 )
 def test_the_twins_agree_on_every_request(
-    drawn, policy, loop, cache_source, ties, delay, loss, split, blocks, seed
+    drawn, policy, loop, cache_source, ties, delay, loss, in_flight, split, blocks, seed
 ):
     options = {
         "loop": loop,
@@ -97,6 +98,7 @@ def test_the_twins_agree_on_every_request(
         "ties": ties,
         "state_delay_s": delay,
         "event_loss_ratio": loss,
+        "in_flight": in_flight,
         "disaggregation": split,
         "kv_blocks": blocks,
         "seed": seed,
@@ -121,6 +123,18 @@ def test_with_every_event_heard_no_stored_block_is_without_its_parent():
         ]
         for result in twins(trace_of(drawn), "lmetric", profile=SMALL, instances=2):
             assert result["orphans"] == 0
+
+
+@pytest.mark.parametrize("instances", [1, 65])
+def test_a_prefix_in_flight_counts_only_when_asked_and_alike_in_both_twins(instances):
+    # two equal prompts at once, and a third when they are done
+    drawn = [(gap, [1, 0, 1], 1, 4, -1, False) for gap in (0.0, 0.0, 9.0)]
+    hits = {}
+    for in_flight in ("ignore", "cached"):
+        first, *others = twins(trace_of(drawn), "most_hits", instances=instances, in_flight=in_flight)
+        assert others in ([], [first])
+        hits[in_flight] = first["hit_tokens"]
+    assert hits["ignore"][1] == 0 < hits["cached"][1] == hits["cached"][2] == hits["ignore"][2]
 
 
 @pytest.mark.parametrize("instances", [64, 65])
