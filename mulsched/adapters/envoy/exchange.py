@@ -6,7 +6,7 @@ candidates come from, and how a refusal looks.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 
 from mulsched.adapters.envoy.picker import EndpointPicker, Pick, Refusal
@@ -16,6 +16,7 @@ try:
     from envoy.config.core.v3 import base_pb2
     from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
     from envoy.service.ext_proc.v3 import external_processor_pb2 as messages
+    from google.protobuf import struct_pb2
 except ImportError as error:
     raise MissingExtra("the endpoint picker needs xds-protos: pip install 'mulsched[envoy]'") from error
 
@@ -26,6 +27,7 @@ DESTINATION = "x-gateway-destination-endpoint"
 
 _NAMESPACE, _SUBSET_NAMESPACE = "envoy.lb", "envoy.lb.subset_hint"
 _SUBSET, _SERVED = f"{DESTINATION}-subset", f"{DESTINATION}-served"
+_ATTRIBUTES, _UPSTREAM = "envoy.filters.http.ext_proc", "upstream.address"
 _MODE = processing_mode_pb2.ProcessingMode
 _OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD  # a client may have sent the header
 _RETRY_AFTER = {429: b"1", 503: b"1"}
@@ -51,8 +53,10 @@ class Exchange:
     leave before there is a body, so that the choice is by load alone. A proxy that does not say its mode is
     taken to be in the first, as the endpoint picker protocol wants it.
 
-    The first piece of a response's body is the first token; its end, the end. ``max_body_bytes``: a longer
-    request is refused with 413.
+    The first piece of a response's body is the first token; its end, the end. Who answered is told by the
+    metadata that the protocol wants or by the response attribute ``upstream.address``.
+
+    ``max_body_bytes``: a longer request is refused with 413.
     """
 
     def __init__(self, picker: EndpointPicker, *, max_body_bytes: int) -> None:
@@ -99,7 +103,7 @@ class Exchange:
     # -- request -----------------------------------------------------------------------------------
 
     def _request_headers(self, message: messages.ProcessingRequest) -> list[messages.ProcessingResponse]:
-        self._subset = _subset(message.metadata_context)
+        self._subset = _texts(message.metadata_context.filter_metadata, _SUBSET_NAMESPACE, _SUBSET)
         empty = message.request_headers.end_of_stream
         if empty or self._request_mode in (_MODE.NONE, _MODE.STREAMED, _MODE.GRPC):
             # an unread body is worth a booking
@@ -137,11 +141,12 @@ class Exchange:
     def _choose(self, body: bytes | None, phase: str) -> list[messages.ProcessingResponse]:
         if body is not None and len(body) > self._max_body_bytes:
             return [_immediate(self._picker.refuse(413, f"the body exceeds {self._max_body_bytes} bytes"))]
-        chosen = self._picker.pick(body, self._subset)
-        if isinstance(chosen, Refusal):
-            return [_immediate(chosen)]
-        self._pick = chosen
-        endpoints = ",".join(chosen.endpoints)
+        if self._pick is None:  # a proxy out of step must not book twice
+            chosen = self._picker.pick(body, self._subset)
+            if isinstance(chosen, Refusal):
+                return [_immediate(chosen)]
+            self._pick = chosen
+        endpoints = ",".join(self._pick.endpoints)
         answer = messages.ProcessingResponse()
         common = getattr(answer, phase).response
         common.header_mutation.CopyFrom(_headers([(DESTINATION, endpoints.encode())]))
@@ -154,9 +159,9 @@ class Exchange:
     def _response_headers(self, message: messages.ProcessingRequest) -> None:
         if self._pick is None:
             return
-        served = _field(message.metadata_context, _NAMESPACE, _SERVED)
-        if served:
-            self._picker.served_by(self._pick, served[0])
+        served = _served(message)
+        if served is not None:
+            self._picker.served_by(self._pick, served)
         if not _status(message.response_headers).startswith(b"2"):
             self._cancel()
         elif message.response_headers.end_of_stream:
@@ -189,18 +194,20 @@ class Exchange:
             self._picker.cancel(self._pick)
 
 
-def _subset(metadata: base_pb2.Metadata) -> list[str] | None:
-    return _field(metadata, _SUBSET_NAMESPACE, _SUBSET)
+def _served(message: messages.ProcessingRequest) -> str | None:
+    """Return the endpoint that answered, as the protocol says it, or as Envoy itself can."""
+    told = _texts(message.metadata_context.filter_metadata, _NAMESPACE, _SERVED) or _texts(
+        message.attributes, _ATTRIBUTES, _UPSTREAM
+    )
+    return told[0] if told else None
 
 
-def _field(metadata: base_pb2.Metadata, namespace: str, name: str) -> list[str] | None:
-    """Return the texts of a metadata field, a list or a text with commas; None if it is not there."""
-    if namespace not in metadata.filter_metadata:
+def _texts(structs: Mapping[str, struct_pb2.Struct], namespace: str, name: str) -> list[str] | None:
+    """Return the texts of a field, a list or a text with commas; None if it is not there."""
+    # a look-up of what is not there would add it
+    if namespace not in structs or name not in structs[namespace].fields:
         return None
-    fields = metadata.filter_metadata[namespace].fields
-    if name not in fields:
-        return None
-    value = fields[name]
+    value = structs[namespace].fields[name]
     values = [value] if value.WhichOneof("kind") == "string_value" else value.list_value.values
     texts = (text.strip() for each in values for text in each.string_value.split(","))
     return [text for text in texts if text]

@@ -50,8 +50,10 @@ class _Health:
         status = health_pb2.HealthCheckResponse
         return status(status=status.SERVING if ready else status.NOT_SERVING)
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> Any:  # noqa: N802
+    async def List(self, request: health_pb2.HealthListRequest, context: Any) -> Any:  # noqa: N802
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
+
+    Watch = List
 
 
 class PickerServer:
