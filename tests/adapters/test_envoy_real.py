@@ -1,6 +1,8 @@
 """A real Envoy between clients and mock engines, with the picker beside it. Opt in with ``-m envoy``."""
 
 import asyncio
+import io
+import json
 import socket
 
 import aiohttp
@@ -9,6 +11,7 @@ from aiohttp import web
 from envoys import DESTINATION, Envoy, config, engines_by_header, engines_by_metadata
 from test_envoy_exchange import new_picker
 
+from mulsched import Namespace
 from mulsched.adapters.envoy import PickerServer
 from mulsched.mock_engine.engine import MockEngine
 from mulsched.mock_engine.server import MockServer
@@ -60,7 +63,8 @@ class Setup:
         """Ask; return the status, the answer's bytes, and how many prompt tokens the engine had cached."""
         messages = [{"role": "user", "content": text}]
         body = {"model": "mock", "max_tokens": 4, "messages": messages} | more
-        async with self.http.post("/v1/chat/completions", json=body, headers=headers) as response:
+        data = io.BytesIO(json.dumps(body).encode())
+        async with self.http.post("/v1/chat/completions", data=data, headers=headers) as response:
             data = await response.read()
             if response.status != 200 or more.get("stream"):
                 return response.status, data, 0
@@ -76,6 +80,11 @@ def run(scenario, *arguments, **options):
                 await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(guarded(), 60))
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.005)
 
 
 def closed_port():
@@ -104,7 +113,8 @@ def test_prompts_return_to_the_engine_that_cached_them(tmp_path, request_mode, r
             status, _, cached = await setup.chat(text)
             assert status == 200
             assert cached >= 96
-        assert setup.picker.counts["finished"] == setup.picker.counts["picked"] == 12
+        await until(lambda: setup.picker.counts["finished"] == 12)
+        assert dict(setup.picker.counts) == {"picked": 12, "finished": 12}
 
     run(scenario, tmp_path, request_mode, response_mode, by_metadata=by_metadata)
 
@@ -153,12 +163,11 @@ def test_only_the_subset_is_asked(tmp_path):
     async def scenario(setup):
         for text in ("sea ", "sky ", "sun "):
             assert (await setup.chat(text * 100))[0] == 200
-        assert setup.picker.lifecycle.router.index.row(setup.endpoints[1]) == 1
-        hits = [
-            setup.picker.lifecycle.router.select_text("<user>\nsea sea sea ", candidates=[e])
-            for e in setup.endpoints
-        ]
-        assert [decision.hit_tokens > 0 for decision in hits] == [False, True]
+        await until(lambda: setup.picker.counts["finished"] == 3)
+        select, model = setup.picker.lifecycle.router.select_text, Namespace(model="mock")
+        text = "<user>\n" + "sea " * 100
+        hits = [select(text, candidates=[each], namespace=model).hit_tokens for each in setup.endpoints]
+        assert [hit > 0 for hit in hits] == [False, True]
 
     run(scenario, tmp_path, subset=[1])
 
@@ -192,14 +201,15 @@ def test_a_fallback_answers_for_a_dead_engine_and_has_the_booking(tmp_path):
 @pytest.mark.parametrize(("request_mode", "response_mode"), [(FULL, FULL), ("BUFFERED", "STREAMED")])
 def test_a_client_that_goes_away_cancels(tmp_path, request_mode, response_mode):
     async def scenario(setup):
-        started = asyncio.Event()
+        started, released = asyncio.Event(), asyncio.Event()
 
         async def endless(request):
             response = web.StreamResponse()
             await response.prepare(request)
             await response.write(b"data: x\n\n")
             started.set()
-            await asyncio.Event().wait()
+            await released.wait()
+            return response
 
         app = web.Application()
         app.router.add_post("/v1/completions", endless)
@@ -209,6 +219,8 @@ def test_a_client_that_goes_away_cancels(tmp_path, request_mode, response_mode):
         await site.start()
         endpoint = f"127.0.0.1:{runner.addresses[0][1]}"
         router = setup.picker.lifecycle.router
+        for other in router.instances:
+            setup.picker.lifecycle.remove_instance(other)
         router.add_instance(endpoint)
         async with setup.http.post("/v1/completions", json={"prompt": "sea"}) as response:
             await response.content.readany()
@@ -218,6 +230,7 @@ def test_a_client_that_goes_away_cancels(tmp_path, request_mode, response_mode):
             response.close()
         while not setup.picker.counts["cancelled"]:
             await asyncio.sleep(0.01)
+        released.set()
         await runner.cleanup()
 
-    run(scenario, tmp_path, request_mode, response_mode, engines=0)
+    run(scenario, tmp_path, request_mode, response_mode)
