@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mulsched import Lifecycle, Router
 from mulsched.adapters.envoy import EndpointPicker, Exchange
+from mulsched.errors import InvalidArgument
 
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "[fd00::3]:8000"
 DESTINATION = "x-gateway-destination-endpoint"
@@ -422,3 +423,26 @@ def test_whatever_a_proxy_sends_nothing_stays_booked(steps, request_mode, respon
     proxy.exchange.close()
     assert len(picker.lifecycle) == 0
     assert [load(picker, endpoint) for endpoint in (A, B, C)] == [(0, 0)] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fallbacks": -1}, "fallbacks must be at least 0, got -1"),
+        ({"max_in_flight": 0}, "max_in_flight must be at least 1, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        new_picker(**options)
+
+
+def test_without_a_tokenizer_a_block_is_whole_tokens_long():
+    with pytest.raises(InvalidArgument, match="multiple of 4 characters without a tokenizer, got 6"):
+        EndpointPicker(Lifecycle(Router(block_size=6)), clock=lambda: 0.0)
+
+
+def test_without_a_tokenizer_a_token_id_counts_as_four_characters():
+    picker = new_picker(A)
+    Proxy(picker).ask(json.dumps({"prompt": list(range(100))}).encode())
+    assert picker.lifecycle.router.load(A)["queued_prefill_tokens"] == 400

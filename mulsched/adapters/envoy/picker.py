@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from mulsched.block_keys import block_keys
 from mulsched.decision import Decision
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.lifecycle import Lifecycle
 from mulsched.openai_prompt import Prompt, parse_prompt
 from mulsched.types import Namespace
 
-__all__ = ["EndpointPicker", "Pick", "Refusal"]
+__all__ = ["CHARACTERS_PER_TOKEN", "EndpointPicker", "Pick", "Refusal"]
+
+CHARACTERS_PER_TOKEN = 4
+"""How many characters a token id counts for among prompts of text: OpenAI's rule of thumb for English."""
 
 _NO_PROMPT = "\n"  # the router wants one unit at least
 
@@ -41,9 +45,9 @@ class EndpointPicker:
     """Picks endpoints for OpenAI-style requests and books them; instances are named ``ip:port``.
 
     ``clock``: seconds, such as ``time.monotonic``. ``encode``: text to token ids; without it prompts of text
-    are routed as text, in blocks of characters. ``fallbacks``: how many more endpoints to name, for proxies
-    that try them in turn. ``max_in_flight``: how many requests per endpoint, on average over all, are let
-    in at once; None for no limit.
+    are routed as text, the router's blocks are characters, and a token id counts for four of them.
+    ``fallbacks``: how many more endpoints to name, for proxies that try them in turn. ``max_in_flight``: how
+    many requests per endpoint, on average over all, are let in at once; None for no limit.
 
     A request without a prompt that is understood goes where the load is least: with a body it is booked as
     one token, without one (a list of models) not at all. Raises InvalidType, InvalidArgument.
@@ -60,6 +64,11 @@ class EndpointPicker:
     ) -> None:
         if not isinstance(lifecycle, Lifecycle):
             raise InvalidType(f"lifecycle must be a Lifecycle, got {type(lifecycle).__name__}")
+        if encode is None and lifecycle.router.block_size % CHARACTERS_PER_TOKEN:
+            raise InvalidArgument(
+                f"block_size must be a multiple of {CHARACTERS_PER_TOKEN} characters without a tokenizer, "
+                f"got {lifecycle.router.block_size}"
+            )
         if fallbacks < 0:
             raise InvalidArgument(f"fallbacks must be at least 0, got {fallbacks}")
         if max_in_flight is not None and max_in_flight < 1:
@@ -100,16 +109,19 @@ class EndpointPicker:
         return self._named(decision, request_id)
 
     def _route(self, prompt: Prompt, where: dict[str, Any]) -> Decision:
-        # engines know the salt, but their events do not name the model that all of them serve
-        by_tokens = self._encode is not None or prompt.text is None
-        namespace = Namespace(model=None if by_tokens else prompt.model, cache_salt=prompt.cache_salt)
-        if prompt.text is None:
-            assert prompt.token_ids is not None
-            return self.lifecycle.route(prompt.token_ids, namespace=namespace, **where)
-        if self._encode is None:
+        if self._encode is not None:
+            # engines know the salt, but their events do not name the model that all of them serve
+            namespace = Namespace(cache_salt=prompt.cache_salt)
+            tokens = prompt.token_ids or self._encode(prompt.text or "") or [0]
+            return self.lifecycle.route(tokens, namespace=namespace, **where)
+        namespace = Namespace(model=prompt.model, cache_salt=prompt.cache_salt)
+        if prompt.token_ids is None:
+            assert prompt.text is not None
             return self.lifecycle.route_text(prompt.text, namespace=namespace, **where)
-        tokens = self._encode(prompt.text) or [0]
-        return self.lifecycle.route(tokens, namespace=namespace, **where)
+        per_block = self.lifecycle.router.block_size // CHARACTERS_PER_TOKEN
+        keys = block_keys(prompt.token_ids, per_block, namespace=namespace)
+        prompt_tokens = len(prompt.token_ids) * CHARACTERS_PER_TOKEN
+        return self.lifecycle.route_keys(keys, prompt_tokens=prompt_tokens, **where)
 
     def _named(self, decision: Decision, request_id: Hashable = None) -> Pick:
         first = decision.instance
