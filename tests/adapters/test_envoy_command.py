@@ -61,7 +61,7 @@ def test_the_command_picks_until_it_is_stopped(options):
         (["--service", "gpus"], "--service must be NAME:PORT, got 'gpus'"),
         (["--engine", "10.0.0.1:1", "--kv-events"], "--kv-events goes with --tokenizer"),
         (["--engine", "10.0.0.1:1", "--block-size", "0"], "--block-size must be at least 1, got 0"),
-        (["--engine", "10.0.0.1:1", "--metrics-poll", "0"], "period_s"),
+        (["--engine", "10.0.0.1:1", "--metrics-poll", "0"], "the period of polls must be above 0, got 0.0"),
         (["--engine", "10.0.0.1:1", "--tokenizer", "/none"], "no tokenizer in or under '/none'"),
     ],
 )

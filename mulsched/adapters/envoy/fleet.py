@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import socket
 from collections.abc import Callable, Coroutine, Iterable
 
@@ -10,6 +11,8 @@ from mulsched.errors import InvalidArgument
 from mulsched.lifecycle import Lifecycle
 
 __all__ = ["Fleet", "check_endpoint"]
+
+_log = logging.getLogger(__name__)
 
 Watch = Callable[[str], Coroutine[None, None, None]]
 
@@ -46,7 +49,10 @@ class Fleet:
     def add(self, endpoint: str) -> None:
         """Add an endpoint. Raises InvalidArgument, DuplicateInstance."""
         self._lifecycle.router.add_instance(check_endpoint(endpoint), cache_blocks=self._cache_blocks)
-        self._tasks[endpoint] = [asyncio.ensure_future(watch(endpoint)) for watch in self._watches]
+        tasks = [asyncio.ensure_future(watch(endpoint)) for watch in self._watches]
+        for task in tasks:
+            task.add_done_callback(_report)
+        self._tasks[endpoint] = tasks
 
     def remove(self, endpoint: str) -> None:
         """Remove an endpoint with what is known of it. Raises UnknownInstance."""
@@ -81,6 +87,11 @@ class Fleet:
             for task in tasks:
                 task.cancel()
         self._tasks.clear()
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        _log.error("a watch of an endpoint failed", exc_info=failure)
 
 
 async def _addresses(name: str, port: int) -> list[str]:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from mulsched.adapters.envoy.fleet import Watch
+from mulsched.errors import InvalidArgument
 from mulsched.events import KvEventSubscriber, LoadPoller, discover_kv_events
 from mulsched.events._http import FAILURES
 from mulsched.router import Router
@@ -15,7 +16,9 @@ _RETRY_S = 5.0  # arbitrary
 
 
 def metrics_of(router: Router, *, period_s: float) -> Watch:
-    """Return what polls ``http://ENDPOINT/metrics``."""
+    """Return what polls ``http://ENDPOINT/metrics``. Raises InvalidArgument."""
+    if not period_s > 0:
+        raise InvalidArgument(f"the period of polls must be above 0, got {period_s}")
 
     async def watch(endpoint: str) -> None:
         await LoadPoller(router, endpoint, f"http://{endpoint}/metrics", period_s=period_s).run()
