@@ -1,0 +1,178 @@
+"""Which endpoint a request goes to, and what its life tells the router. No protocol, no sockets."""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mulsched.block_keys import block_keys
+from mulsched.decision import Decision
+from mulsched.errors import InvalidArgument, InvalidType
+from mulsched.lifecycle import Lifecycle
+from mulsched.openai_prompt import Prompt, parse_prompt
+from mulsched.types import Namespace
+
+__all__ = ["CHARACTERS_PER_TOKEN", "EndpointPicker", "Pick", "Refusal"]
+
+CHARACTERS_PER_TOKEN = 4
+"""How many characters a token id counts for among prompts of text: OpenAI's rule of thumb for English."""
+
+_NO_PROMPT = "\n"  # the router wants one unit at least
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """The chosen endpoints, the best first. ``request_id`` is None if nothing was booked."""
+
+    endpoints: tuple[str, ...]
+    decision: Decision
+    request_id: Hashable = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request goes nowhere: an HTTP status and a message for the client."""
+
+    status: int
+    message: str
+
+
+class EndpointPicker:
+    """Picks endpoints for OpenAI-style requests and books them; instances are named ``ip:port``.
+
+    ``clock``: seconds, such as ``time.monotonic``. ``encode``: text to token ids; without it prompts of text
+    are routed as text, the router's blocks are characters, and a token id counts for four of them.
+    ``fallbacks``: how many more endpoints to name, for proxies that try them in turn. ``max_in_flight``: how
+    many requests per endpoint, on average over all, are let in at once; None for no limit.
+
+    A request without a prompt that is understood goes where the load is least: with a body it is booked as
+    one token, without one (a list of models) not at all. Raises InvalidType, InvalidArgument.
+    """
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        *,
+        clock: Callable[[], float],
+        encode: Callable[[str], Sequence[int]] | None = None,
+        fallbacks: int = 0,
+        max_in_flight: int | None = None,
+    ) -> None:
+        if not isinstance(lifecycle, Lifecycle):
+            raise InvalidType(f"lifecycle must be a Lifecycle, got {type(lifecycle).__name__}")
+        if encode is None and lifecycle.router.block_size % CHARACTERS_PER_TOKEN:
+            raise InvalidArgument(
+                f"block_size must be a multiple of {CHARACTERS_PER_TOKEN} characters without a tokenizer, "
+                f"got {lifecycle.router.block_size}"
+            )
+        if fallbacks < 0:
+            raise InvalidArgument(f"fallbacks must be at least 0, got {fallbacks}")
+        if max_in_flight is not None and max_in_flight < 1:
+            raise InvalidArgument(f"max_in_flight must be at least 1, got {max_in_flight}")
+        self.lifecycle = lifecycle
+        self.counts: Counter[str] = Counter()
+        """Requests by what became of them: ``picked``, ``without_prompt``, ``moved``, ``finished``,
+        ``cancelled``, and ``refused_STATUS``."""
+        self._clock = clock
+        self._encode = encode
+        self._fallbacks = fallbacks
+        self._max_in_flight = max_in_flight
+        self._request_ids = itertools.count()  # a client's own could be another's
+
+    def pick(self, body: bytes | None, subset: Iterable[str] | None) -> Pick | Refusal:
+        """Choose for a request with this body, among ``subset`` (None for all), and book it.
+
+        Of ``subset`` only known endpoints count.
+        """
+        router = self.lifecycle.router
+        known = router.instances
+        candidates = None if subset is None else tuple(set(subset).intersection(known))
+        if not (known if candidates is None else candidates):
+            return self.refuse(503, "no endpoint is ready")
+        if self._max_in_flight is not None and len(self.lifecycle) >= self._max_in_flight * len(known):
+            return self.refuse(429, "too many requests are in flight")
+        if body is None:
+            return self._named(router.select_text(_NO_PROMPT, candidates=candidates))
+        prompt = _prompt(body)
+        request_id = next(self._request_ids)
+        where: dict[str, Any] = {"request_id": request_id, "now": self._clock(), "candidates": candidates}
+        self.counts["picked"] += 1
+        if prompt is None:
+            self.counts["without_prompt"] += 1
+            decision = self.lifecycle.route_text(_NO_PROMPT, **where)
+        else:
+            decision = self._route(prompt, where)
+        return self._named(decision, request_id)
+
+    def _route(self, prompt: Prompt, where: dict[str, Any]) -> Decision:
+        if self._encode is not None:
+            # engines know the salt, but their events do not name the model that all of them serve
+            namespace = Namespace(cache_salt=prompt.cache_salt)
+            tokens = prompt.token_ids or self._encode(prompt.text or "") or [0]
+            return self.lifecycle.route(tokens, namespace=namespace, **where)
+        namespace = Namespace(model=prompt.model, cache_salt=prompt.cache_salt)
+        if prompt.token_ids is None:
+            assert prompt.text is not None
+            return self.lifecycle.route_text(prompt.text, namespace=namespace, **where)
+        per_block = self.lifecycle.router.block_size // CHARACTERS_PER_TOKEN
+        keys = block_keys(prompt.token_ids, per_block, namespace=namespace)
+        prompt_tokens = len(prompt.token_ids) * CHARACTERS_PER_TOKEN
+        return self.lifecycle.route_keys(keys, prompt_tokens=prompt_tokens, **where)
+
+    def _named(self, decision: Decision, request_id: Hashable = None) -> Pick:
+        first = decision.instance
+        if not self._fallbacks:
+            return Pick((first,), decision, request_id)
+        order = np.argsort(decision.scores, kind="stable").tolist()  # what a filter excluded is last
+        names = decision.columns.instances
+        others = [names[at] for at in order if at != decision.position and not np.isnan(decision.scores[at])]
+        return Pick((first, *others[: self._fallbacks]), decision, request_id)
+
+    def refuse(self, status: int, message: str) -> Refusal:
+        """Count and return a refusal."""
+        self.counts[f"refused_{status}"] += 1
+        return Refusal(status, message)
+
+    def served_by(self, pick: Pick, endpoint: str) -> None:
+        """Record who served a request: its booking moves there if that is another endpoint."""
+        booked = self.lifecycle.instance(pick.request_id)
+        if booked is None or endpoint == booked or endpoint not in self.lifecycle.router.instances:
+            return
+        request = pick.decision.columns.request
+        self.counts["moved"] += 1
+        self.lifecycle.route_keys(
+            request.keys,
+            prompt_tokens=request.prompt_tokens,
+            request_id=pick.request_id,
+            now=self._clock(),
+            candidates=[endpoint],
+        )
+
+    def first_token(self, pick: Pick) -> None:
+        """Record that a request's answer has begun."""
+        if pick.request_id is not None:
+            self.lifecycle.first_token(pick.request_id, now=self._clock())
+
+    def finish(self, pick: Pick) -> None:
+        """Record that a request's answer is complete."""
+        if pick.request_id is not None:
+            self.counts["finished"] += 1
+            self.lifecycle.finish(pick.request_id, now=self._clock())
+
+    def cancel(self, pick: Pick) -> None:
+        """Record that a request failed or was given up."""
+        if pick.request_id is not None:
+            self.counts["cancelled"] += 1
+            self.lifecycle.cancel(pick.request_id, now=self._clock())
+
+
+def _prompt(body: bytes) -> Prompt | None:
+    """Return the prompt of a body; None if it has none that is understood."""
+    try:
+        return parse_prompt(json.loads(body))
+    except (ValueError, TypeError, RecursionError):  # not JSON, not UTF-8, not an object, no prompt
+        return None
