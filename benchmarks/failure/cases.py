@@ -31,7 +31,7 @@ SEEDS = (0, 1, 2)
 
 REFERENCE = "lmetric"
 LOAD_ONLY = ("least_loaded", "vllm")
-DETECTORS: tuple[str, ...] = ()
+DETECTORS = ("lmetric_guarded", "lmetric_paper_detector")
 """Policies that detect a herd, as they are given to ``mulsched replay``; the first is ours."""
 OTHERS = ("least_p_tokens", "linear:weight=0.3", "linear:weight=0.7")
 POLICIES = (REFERENCE, *LOAD_ONLY, *DETECTORS, *OTHERS)
