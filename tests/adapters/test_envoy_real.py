@@ -4,11 +4,13 @@ import asyncio
 import io
 import json
 import socket
+import subprocess
+from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import web
-from envoys import DESTINATION, Envoy, config, engines_by_header, engines_by_metadata
+from envoys import DESTINATION, Envoy, binary, config, engines_by_header, engines_by_metadata
 from test_envoy_exchange import new_picker
 
 from mulsched import Namespace
@@ -130,6 +132,16 @@ def test_a_stream_passes_unchanged(tmp_path, response_mode):
     run(scenario, tmp_path, FULL if response_mode == FULL else "BUFFERED", response_mode)
 
 
+@pytest.mark.parametrize(("request_mode", "response_mode"), [("NONE", "BUFFERED"), ("STREAMED", FULL)])
+def test_without_the_body_the_load_decides(tmp_path, request_mode, response_mode):
+    async def scenario(setup):
+        assert (await setup.chat("sea"))[0] == 200
+        await until(lambda: setup.picker.counts["finished"])
+        assert dict(setup.picker.counts) == {"picked": 1, "without_prompt": 1, "finished": 1}
+
+    run(scenario, tmp_path, request_mode, response_mode)
+
+
 def test_a_long_body_passes_unchanged(tmp_path):
     async def scenario(setup):
         status, _, _ = await setup.chat("sea " * 3_000, max_tokens=1)
@@ -234,3 +246,9 @@ def test_a_client_that_goes_away_cancels(tmp_path, request_mode, response_mode):
         await runner.cleanup()
 
     run(scenario, tmp_path, request_mode, response_mode)
+
+
+def test_the_example_is_valid():
+    example = Path(__file__).parents[2] / "docs" / "examples" / "envoy.yaml"
+    checked = subprocess.run([binary(), "--mode", "validate", "-c", example], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
