@@ -1,4 +1,4 @@
-"""Alarms of the detectors: ``cd benchmarks && python -m failure.alarms [--data DIR]`` prints a Markdown table.
+"""Alarms of the detectors: ``cd benchmarks && python -m failure.alarms [--data DIR]`` prints a table.
 
 One seed a cell. Without a hot class every alarm is a false one.
 """
