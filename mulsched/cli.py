@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from mulsched.commands import check, endpoint_picker, info, mock_engine, replay, report, trace
+from mulsched.commands import check, endpoint_picker, info, mock_engine, replay, report, serve, trace
 from mulsched.errors import MulschedError
 
 __all__ = ["main"]
@@ -15,6 +15,7 @@ COMMANDS = (
     check,
     report,
     trace,
+    serve,
     mock_engine,
     endpoint_picker,
     info,

@@ -36,6 +36,7 @@ LAYERS = [
     ["testing"],
     ["events"],
     ["adapters"],
+    ["gateway"],
     ["replay"],
     ["mock_engine"],
     ["commands"],

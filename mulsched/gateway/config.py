@@ -1,0 +1,129 @@
+"""What a gateway is told at its start."""
+
+import re
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from mulsched.errors import InvalidArgument, InvalidType
+
+__all__ = ["EngineConfig", "GatewayConfig"]
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
+# Of one connection, or made anew for the body that is sent: never taken over from a client.
+_OWN_HEADERS = frozenset(
+    (
+        "accept-encoding",
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "cookie",
+        "expect",
+    )
+    + ("host", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer")
+    + ("transfer-encoding", "upgrade", "x-request-id")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """An engine: ``url`` such as ``http://10.0.0.7:8000``, and where its KV events come from, if they do.
+
+    Raises InvalidArgument.
+    """
+
+    url: str
+    kv_events: str | None = None
+    kv_replay: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            sound = False
+        if not sound or parts.query or parts.fragment or parts.username is not None:
+            raise InvalidArgument(f"an engine must be a URL such as http://10.0.0.7:8000, got {self.url!r}")
+
+    @property
+    def name(self) -> str:
+        """The name of the instance: the URL without its scheme."""
+        return self.url.partition("://")[2].rstrip("/")
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """All settings of a gateway. Defaults are arbitrary where no other source is named.
+
+    ``policy``: as of :class:`~mulsched.Router`. ``block_size``: tokens in a block of the engines; 16 as in
+    vLLM. ``kv_tokens``: the size of each engine's KV cache, for the prediction of what it holds; None asks
+    the engine's metrics for it, and takes 100,000 where they do not tell. ``prefill_tokens_per_s``: what an
+    engine computes of prompts, for answers that are not streamed, whose first token is not seen; None keeps
+    their prompts in the queue term until they end.
+
+    ``api_keys``: clients must send one of them; none: everyone may. ``engine_api_key``: sent to engines.
+    ``forward_headers``: headers of clients that go on to engines besides those that always do.
+    ``max_in_flight``: requests at a time. ``read_timeout_s``: an engine that sends nothing for so long has
+    failed; 600 as OpenAI's client waits. ``request_timeout_s``: for a request as a whole.
+    ``max_attempts``: instances a request is tried on. ``eject_after``: so many failures in a row and an
+    engine gets no more requests; ``readmit_after``: so many good checks in a row and it does.
+
+    Raises InvalidArgument, InvalidType.
+    """
+
+    engines: tuple[EngineConfig, ...]
+    policy: str = "lmetric"
+    seed: int = 0
+    block_size: int = 16
+    kv_tokens: int | None = None
+    prefill_tokens_per_s: float | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    engine_api_key: str | None = field(default=None, repr=False)
+    forward_headers: tuple[str, ...] = ()
+    max_body_bytes: int = 32 * 2**20
+    max_in_flight: int = 1000
+    body_timeout_s: float = 30.0
+    idle_timeout_s: float = 75.0
+    connect_timeout_s: float = 2.0
+    read_timeout_s: float = 600.0
+    request_timeout_s: float = 3600.0
+    drain_timeout_s: float = 60.0
+    max_attempts: int = 3
+    health_path: str = "/health"
+    health_period_s: float = 2.0
+    health_timeout_s: float = 2.0
+    eject_after: int = 3
+    readmit_after: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.engines or not all(isinstance(engine, EngineConfig) for engine in self.engines):
+            raise InvalidArgument("a gateway needs at least one engine, each an EngineConfig")
+        names = [engine.name for engine in self.engines]
+        if len(set(names)) < len(names):
+            raise InvalidArgument(f"each engine may be given once, got {', '.join(names)}")
+        for name in ("block_size", "max_body_bytes", "max_in_flight", "max_attempts"):
+            self._check(name, int)
+        for name in ("eject_after", "readmit_after"):
+            self._check(name, int)
+        if self.kv_tokens is not None:
+            self._check("kv_tokens", int)
+        for name in self.__dataclass_fields__:
+            if name.endswith("_s") and getattr(self, name) is not None:
+                self._check(name, float)
+        if any(not key or not key.isascii() or not key.isprintable() for key in self._keys()):
+            raise InvalidArgument("an API key must be printable ASCII and not empty")
+        if not self.health_path.startswith("/"):
+            raise InvalidArgument(f"health_path must start with a slash, got {self.health_path!r}")
+        for name in self.forward_headers:
+            if _HEADER_NAME.fullmatch(name) is None or name.lower() in _OWN_HEADERS:
+                raise InvalidArgument(f"a header that may be forwarded expected, got {name!r}")
+
+    def _keys(self) -> tuple[str, ...]:
+        return self.api_keys if self.engine_api_key is None else (*self.api_keys, self.engine_api_key)
+
+    def _check(self, name: str, kind: type) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+            raise InvalidType(f"{name} must be a number, got {type(value).__name__}")
+        if not 0 < value < float("inf"):
+            raise InvalidArgument(f"{name} must be above 0 and finite, got {value}")

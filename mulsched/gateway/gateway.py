@@ -1,0 +1,222 @@
+"""The gateway as a server: routes, keys, start and stop."""
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from urllib.parse import unquote
+
+from mulsched.errors import MissingExtra, UnknownInstance
+from mulsched.gateway.config import GatewayConfig
+from mulsched.gateway.fleet import Fleet
+from mulsched.gateway.logs import Log, no_log
+from mulsched.gateway.metrics import GatewayMetrics
+from mulsched.gateway.models import list_models
+from mulsched.gateway.page import PAGE, PAGE_HEADERS, overview
+from mulsched.gateway.prompts import PromptReader
+from mulsched.gateway.proxy import Proxy
+from mulsched.gateway.records import Records
+from mulsched.gateway.replies import Refused, json_reply, refusal
+from mulsched.lifecycle import Lifecycle
+from mulsched.router import Router
+
+try:
+    import aiohttp
+    import msgspec
+    from aiohttp import web
+    from prometheus_client import CollectorRegistry
+except ImportError as error:
+    raise MissingExtra("the gateway needs aiohttp and others: pip install 'mulsched[gateway]'") from error
+
+__all__ = ["Gateway"]
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+_PROXIED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
+_INSTANCES = "/instances/"
+# Connections to engines are kept for the next request, but not so long that engines close them: uvicorn,
+# which vLLM and SGLang run on, does so after five seconds, and a request that comes just then fails.
+_KEEP_S = 4.0
+
+
+class Gateway:
+    """Serves OpenAI's API from many engines; see docs/gateway.md.
+
+    ``new_id`` returns another id each time. ``prompts``: as of the configuration's block size, for routing by
+    text, if None.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        new_id: Callable[[], str],
+        prompts: PromptReader | None = None,
+        log: Log = no_log,
+    ) -> None:
+        self.config = config
+        self.log = log
+        self._new_id = new_id
+        self._prompts = prompts or PromptReader(config.block_size)
+        rate = config.prefill_tokens_per_s
+        self.lifecycle = Lifecycle(
+            Router(block_size=self._prompts.router_block_size, policy=config.policy, seed=config.seed),
+            prefill_tokens_per_s=None if rate is None else rate * self._prompts.units_per_token,
+            expire_after_s=config.request_timeout_s + 60,
+        )
+        self._keys = [key.encode() for key in config.api_keys]
+        self._routes: dict[str, tuple[str, Handler]] = {
+            **{path: ("POST", self._proxied(path)) for path in _PROXIED},
+            "/v1/models": ("GET", self._models),
+            "/healthz": ("GET", self._healthz),
+            "/metrics": ("GET", self._metrics_page),
+            "/instances": ("GET", self._instances),
+            "/": ("GET", self._page),
+        }
+        self._put: tuple[str, Handler] = ("PUT", self._put_instance)
+        # a health check says nothing, and the page asks for the key itself
+        self._open = {"/healthz", "/"}
+        self._stack = AsyncExitStack()
+        self._runner: web.ServerRunner | None = None
+        self.stopping = False
+
+    # -- start and stop ----------------------------------------------------------------------------
+
+    async def start(self, host: str, port: int) -> int:
+        """Check the engines and listen; return the port, a free one for 0. Raises OSError."""
+        config = self.config
+        session = await self._stack.enter_async_context(
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=config.connect_timeout_s, sock_read=config.read_timeout_s
+                ),
+            )
+        )
+        registry = CollectorRegistry()
+        self._session = session
+        self.fleet = Fleet(config, self.lifecycle, session, self.log)
+        self.records = Records(self.fleet.engines, registry, self.log)
+        self._metrics = GatewayMetrics(self.fleet, self.lifecycle, self.records, registry)
+        self.proxy = Proxy(config, self.lifecycle, self.fleet, self._prompts, session, self.records)
+        await self.fleet.start()
+        self._stack.push_async_callback(self.fleet.stop)
+        server = web.Server(
+            self._handle,
+            request_factory=self._request,
+            handler_cancellation=True,  # a client that goes away ends its request
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=config.idle_timeout_s,
+        )
+        self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
+        await self._runner.setup()
+        self._site = web.TCPSite(self._runner, host, port, backlog=1024)
+        await self._site.start()
+        bound = int(self._runner.addresses[0][1])
+        self.log("listening", host=host, port=bound, engines=list(self.fleet.engines), policy=config.policy)
+        return bound
+
+    async def stop(self) -> None:
+        """Take no new connections, let requests under way end, up to the limit, and close."""
+        self.stopping = True
+        if self._runner is not None:
+            await self._site.stop()
+            try:
+                async with asyncio.timeout(self.config.drain_timeout_s):
+                    await self.proxy.idle()
+            except TimeoutError:
+                self.log("drain_timeout", in_flight=self.proxy.in_flight)
+            await self._runner.cleanup()
+        await self._stack.aclose()
+        self.log("stopped")
+
+    def _request(
+        self, message: object, payload: object, protocol: object, writer: object, task: object
+    ) -> web.BaseRequest:
+        return web.BaseRequest(
+            message,  # type: ignore[arg-type]
+            payload,  # type: ignore[arg-type]
+            protocol,  # type: ignore[arg-type]
+            writer,  # type: ignore[arg-type]
+            task,  # type: ignore[arg-type]
+            asyncio.get_running_loop(),
+            client_max_size=self.config.max_body_bytes,
+        )
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            path = request.rel_url.raw_path
+            if path.startswith(_INSTANCES):
+                method, handler = self._put
+            elif path in self._routes:
+                method, handler = self._routes[path]
+            else:
+                raise Refused(404, "unknown_path", "there is no such path")
+            if path not in self._open:
+                self._check_key(request)
+            if request.method != method and not (method == "GET" and request.method == "HEAD"):
+                raise Refused(405, "wrong_method", f"this path takes {method}", Allow=method)
+            return await handler(request)
+        except Refused as refused:
+            return refusal(refused)
+
+    def _check_key(self, request: web.BaseRequest) -> None:
+        """Raise Refused unless the request has one of the keys, in a time that tells nothing of them."""
+        if not self._keys:
+            return
+        given = request.headers.get("Authorization", "")
+        scheme, _, key = given.partition(" ")
+        sent = key.strip().encode("utf-8", "surrogateescape")
+        known = False
+        for own in self._keys:
+            known |= hmac.compare_digest(sent, own)
+        if not known or scheme.lower() != "bearer":
+            raise Refused(401, "invalid_api_key", "a valid API key is needed", WWW_Authenticate="Bearer")
+
+    def _proxied(self, path: str) -> Handler:
+        async def handler(request: web.BaseRequest) -> web.StreamResponse:
+            return await self.proxy.answer(request, path, self._new_id())
+
+        return handler
+
+    async def _models(self, request: web.BaseRequest) -> web.StreamResponse:
+        return json_reply(await list_models(self.config, self.fleet, self._session))
+
+    async def _healthz(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self.stopping or not self.fleet.eligible():
+            raise Refused(503, "not_ready", "the gateway stops" if self.stopping else "no engine is ready")
+        return json_reply({"status": "ok"})
+
+    async def _metrics_page(self, request: web.BaseRequest) -> web.StreamResponse:
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return web.Response(body=self._metrics.page(), headers={"Content-Type": kind})
+
+    async def _instances(self, request: web.BaseRequest) -> web.StreamResponse:
+        now = asyncio.get_running_loop().time()
+        self.lifecycle.advance(now)
+        return json_reply(overview(self.config, self.fleet, self.lifecycle, self.records, now))
+
+    async def _put_instance(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Drain an engine or take it back: ``PUT /instances/NAME`` with ``{"draining": true}``.
+
+        A page of another origin cannot send a PUT without asking first, which nobody here answers.
+        """
+        name = unquote(request.rel_url.raw_path.removeprefix(_INSTANCES))
+        try:
+            body = msgspec.json.decode(await request.read(), type=dict[str, bool])
+            draining = body["draining"]
+        except (msgspec.DecodeError, KeyError):
+            raise Refused(400, "invalid_json", 'a body such as {"draining": true} expected') from None
+        try:
+            engine = self.fleet.drain(name, draining)
+        except UnknownInstance:
+            raise Refused(404, "unknown_instance", "there is no such instance") from None
+        return json_reply({"instance": engine.name, "draining": engine.draining})
+
+    async def _page(self, request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(body=PAGE, headers=PAGE_HEADERS)
