@@ -9,20 +9,13 @@ from mulsched.errors import InvalidArgument, InvalidType
 __all__ = ["EngineConfig", "GatewayConfig"]
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
+_ENDPOINT = re.compile(r"tcp://\S+:\d{1,5}|ipc://\S+")
 # Of one connection, or made anew for the body that is sent: never taken over from a client.
-_OWN_HEADERS = frozenset(
-    (
-        "accept-encoding",
-        "connection",
-        "content-encoding",
-        "content-length",
-        "content-type",
-        "cookie",
-        "expect",
-    )
-    + ("host", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer")
-    + ("transfer-encoding", "upgrade", "x-request-id")
-)
+_OWN_HEADERS = frozenset((
+    "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "cookie", "expect",
+    "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade", "x-request-id",
+))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +37,9 @@ class EngineConfig:
             sound = False
         if not sound or parts.query or parts.fragment or parts.username is not None:
             raise InvalidArgument(f"an engine must be a URL such as http://10.0.0.7:8000, got {self.url!r}")
+        for endpoint in (self.kv_events, self.kv_replay):
+            if endpoint is not None and _ENDPOINT.fullmatch(endpoint) is None:
+                raise InvalidArgument(f"an endpoint such as tcp://10.0.0.7:5557 expected, got {endpoint!r}")
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from mulsched.errors import MissingExtra, UnknownInstance
+from mulsched.events import KvEventSubscriber
 from mulsched.gateway.config import EngineConfig, GatewayConfig
 from mulsched.gateway.logs import Log
 from mulsched.lifecycle import Lifecycle
@@ -82,6 +83,8 @@ class Fleet:
         self._eligible: tuple[str, ...] = ()
         self._tasks: list[asyncio.Task[None]] = []
         self._admitting: set[str] = set()
+        self.subscribers: dict[str, KvEventSubscriber] = {}
+        """Of the engines that publish KV events and were healthy once."""
 
     # -- who may be chosen -------------------------------------------------------------------------
 
@@ -114,7 +117,7 @@ class Fleet:
     async def start(self) -> None:
         """Check every engine once, then go on in the background."""
         await self.check()
-        self._tasks = [
+        self._tasks += [
             asyncio.create_task(self._watch(engine), name=f"health of {engine.name}")
             for engine in self.engines.values()
         ]
@@ -123,8 +126,7 @@ class Fleet:
         """End the checks."""
         for task in self._tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def check(self) -> None:
         """Check every engine once, all at the same time."""
@@ -188,9 +190,20 @@ class Fleet:
             cache_blocks = None if engine.config.kv_events else await self._cache_blocks(engine)
             if engine.state == "healthy":  # it may have been ejected meanwhile
                 self._lifecycle.router.add_instance(engine.name, cache_blocks=cache_blocks)
+                self._subscribe(engine)
         finally:
             self._admitting.discard(engine.name)
         self._refresh()
+
+    def _subscribe(self, engine: Engine) -> None:
+        endpoint = engine.config.kv_events
+        if endpoint is None:
+            return
+        subscriber = KvEventSubscriber(
+            self._lifecycle.router, engine.name, endpoint, replay_endpoint=engine.config.kv_replay
+        )
+        self.subscribers[engine.name] = subscriber
+        self._tasks.append(asyncio.create_task(subscriber.run(), name=f"KV events of {engine.name}"))
 
     async def _cache_blocks(self, engine: Engine) -> int:
         """Return how many of the gateway's blocks an engine's cache holds."""

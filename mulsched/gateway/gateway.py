@@ -109,7 +109,8 @@ class Gateway:
             handler_cancellation=True,  # a client that goes away ends its request
             access_log=None,
             auto_decompress=False,
-            keepalive_timeout=config.idle_timeout_s,
+            keepalive_timeout=config.idle_timeout_s,  # also of a request whose head is not complete
+            lingering_time=1.0,  # for the rest of a body that was refused
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
         await self._runner.setup()
@@ -149,8 +150,8 @@ class Gateway:
     # -- requests ----------------------------------------------------------------------------------
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        path = request.rel_url.raw_path
         try:
-            path = request.rel_url.raw_path
             if path.startswith(_INSTANCES):
                 method, handler = self._put
             elif path in self._routes:
@@ -163,6 +164,8 @@ class Gateway:
                 raise Refused(405, "wrong_method", f"this path takes {method}", Allow=method)
             return await handler(request)
         except Refused as refused:
+            if refused.status in (401, 429):
+                self.records.refused(path if path in self._routes else "other", refused.code, refused.status)
             return refusal(refused)
 
     def _check_key(self, request: web.BaseRequest) -> None:

@@ -32,10 +32,10 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # cannot smuggle. The rest of a request to an engine is made anew, its length included.
 _FORWARDED = ("Accept", "User-Agent", "traceparent", "tracestate")
 # Of engines all headers come back but those that belong to the connection, and what the gateway says itself.
-_HOP_BY_HOP = frozenset(
-    ("connection", "content-length", "date", "keep-alive", "proxy-authenticate", "proxy-connection", "server")
-    + ("set-cookie", "te", "trailer", "trailers", "transfer-encoding", "upgrade", "x-request-id")
-)
+_HOP_BY_HOP = frozenset((
+    "connection", "content-length", "date", "keep-alive", "proxy-authenticate", "proxy-connection", "server",
+    "set-cookie", "te", "trailer", "trailers", "transfer-encoding", "upgrade", "x-request-id",
+))  # fmt: skip
 # The engine is not up to it now; another one may be.
 _ELSEWHERE = frozenset((502, 503, 504))
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError)
@@ -302,20 +302,17 @@ class Proxy:
             event = error_body(502, "engine_failed", "the engine broke off")
             await reply.write(b"\n\ndata: " + event + b"\n\n")
             await exchange.request.writer.drain()
-        self._abort(exchange.request)
+        if exchange.request.transport is not None:
+            exchange.request.transport.close()  # once it is written
         raise ConnectionResetError("the engine broke off")
 
     def _cut_off(self, exchange: _Exchange, status: int, message: str) -> web.StreamResponse:
         if not exchange.status:
             exchange.status = status
             return refusal(Refused(status, exchange.outcome, message))
-        self._abort(exchange.request)
+        if exchange.request.transport is not None:
+            exchange.request.transport.abort()
         raise ConnectionResetError(message)
-
-    @staticmethod
-    def _abort(request: web.BaseRequest) -> None:
-        if request.transport is not None:
-            request.transport.close()  # after what is written already
 
 
 def _returned(answer: aiohttp.ClientResponse) -> CIMultiDict[str]:

@@ -47,6 +47,10 @@ class Records:
         counts["prompt_tokens"] += decision.columns.request.prompt_tokens
         counts["hit_tokens"] += decision.hit_tokens
 
+    def refused(self, path: str, code: str, status: int) -> None:
+        """Count a request that was refused at the door; ``path`` is one of the gateway's own."""
+        self.requests[path, code, status] += 1
+
     def ended(
         self,
         *,
