@@ -2,6 +2,8 @@
 
 import asyncio
 import hmac
+import logging
+import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from urllib.parse import unquote
@@ -34,6 +36,8 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 _PROXIED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 _INSTANCES = "/instances/"
+# aiohttp's own messages quote the request.
+_SILENT = logging.Logger("mulsched.gateway", level=logging.CRITICAL + 1)
 # Connections to engines are kept for the next request, but not so long that engines close them: uvicorn,
 # which vLLM and SGLang run on, does so after five seconds, and a request that comes just then fails.
 _KEEP_S = 4.0
@@ -109,8 +113,9 @@ class Gateway:
             handler_cancellation=True,  # a client that goes away ends its request
             access_log=None,
             auto_decompress=False,
-            keepalive_timeout=config.idle_timeout_s,  # also of a request whose head is not complete
-            lingering_time=1.0,  # for the rest of a body that was refused
+            logger=_SILENT,
+            keepalive_timeout=config.idle_timeout_s,
+            lingering_time=config.linger_s,
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
         await self._runner.setup()
@@ -123,14 +128,15 @@ class Gateway:
     async def stop(self) -> None:
         """Take no new connections, let requests under way end, up to the limit, and close."""
         self.stopping = True
-        if self._runner is not None:
+        runner, self._runner = self._runner, None
+        if runner is not None:
             await self._site.stop()
             try:
                 async with asyncio.timeout(self.config.drain_timeout_s):
                     await self.proxy.idle()
             except TimeoutError:
                 self.log("drain_timeout", in_flight=self.proxy.in_flight)
-            await self._runner.cleanup()
+            await runner.cleanup()
         await self._stack.aclose()
         self.log("stopped")
 
@@ -167,6 +173,16 @@ class Gateway:
             if refused.status in (401, 429):
                 self.records.refused(path if path in self._routes else "other", refused.code, refused.status)
             return refusal(refused)
+        except web.HTTPException as error:
+            return refusal(Refused(error.status, "refused", error.reason))
+        except ConnectionError:
+            raise
+        except Exception as error:
+            # where, but not what it says: that may quote the request
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{place.name}, line {place.lineno} of {place.filename}"
+            self.log("internal_error", error=type(error).__name__, at=at)
+            return refusal(Refused(500, "internal_error", "the gateway failed"))
 
     def _check_key(self, request: web.BaseRequest) -> None:
         """Raise Refused unless the request has one of the keys, in a time that tells nothing of them."""

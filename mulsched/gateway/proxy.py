@@ -123,7 +123,9 @@ class Proxy:
                 exchange.outcome = "client_gone"
             raise
         except Exception:
-            exchange.outcome = "error"
+            exchange.outcome = "internal_error"
+            if exchange.status:
+                return self._cut_off(exchange, 500, "the gateway failed")
             raise
         finally:
             self._end(exchange)

@@ -1,0 +1,228 @@
+"""Which engines get requests: health, ejection and return, draining, and what is forgotten with an engine."""
+
+import asyncio
+import json
+
+import pytest
+from fake_engine import answers, dies, streams
+from gateway_harness import ASK, CHAT, Front, run
+
+from mulsched.gateway import EngineConfig, PromptReader
+from mulsched.mock_engine.engine import MockEngine
+from mulsched.mock_engine.kv_events import KvEventPublisher
+from mulsched.mock_engine.server import MockServer
+from mulsched.mock_engine.tokenizer import ByteTokenizer
+from mulsched.replay.profile import Profile
+
+OLD = {"prompt": "x" * 4000}
+
+
+async def check(front, times=1):
+    for _ in range(times):
+        await front.gateway.fleet.check()
+
+
+def eligible(front):
+    names = front.gateway.fleet.eligible()
+    return [engine.name in names for engine in front.engines]
+
+
+def test_an_engine_that_fails_its_checks_is_ejected_and_comes_back():
+    async def scenario(front):
+        seen = [eligible(front)]
+        front.engines[0].healthy = False
+        for _ in range(3):
+            await check(front)
+            seen.append(eligible(front))
+        front.engines[0].healthy = True
+        for _ in range(2):
+            await check(front)
+            seen.append(eligible(front))
+        assert [first for first, _ in seen] == [True, True, True, False, False, True]
+        assert all(second for _, second in seen)
+
+    run(scenario, answers(), answers())
+
+
+def test_failures_in_a_row_eject_and_an_answer_between_them_does_not():
+    async def scenario(front):
+        outcomes = iter([False, False, True, False, False, False])
+
+        async def now_and_then(asked, reader, writer):
+            if next(outcomes):
+                await answers()(asked, reader, writer)
+
+        front.engines[0].answer = now_and_then
+        seen = []
+        for _ in range(6):
+            await front.post()
+            seen.append(front.gateway.fleet.engines[front.engines[0].name].state)
+        assert seen == ["healthy"] * 5 + ["ejected"]
+
+    run(scenario, dies, max_attempts=1)
+
+
+def test_an_ejected_engine_gets_no_requests():
+    async def scenario(front):
+        front.engines[0].healthy = False
+        await check(front, 3)
+        for _ in range(3):
+            assert (await front.post())[0] == 200
+        assert [len(engine.asked) for engine in front.engines] == [0, 3]
+
+    run(scenario, answers(), answers())
+
+
+def test_what_an_ejected_engine_had_cached_is_forgotten():
+    async def scenario(front):
+        await front.post("/v1/completions", OLD)
+        for healthy, times in ((False, 3), (True, 2)):
+            front.engines[0].healthy = healthy
+            await check(front, times)
+        await front.post("/v1/completions", OLD)
+        assert [line["hit"] for line in front.requests_logged()] == [0, 0]
+
+    run(scenario, answers())
+
+
+def test_a_request_outlives_the_ejection_of_its_engine():
+    async def scenario(front):
+        async with front.http.post(CHAT, json=ASK) as response:
+            await response.content.readany()
+            front.engines[0].healthy = False
+            await check(front, 3)
+            gate.set()
+            assert await response.content.read() == b"data: b\n\n"
+        await front.idle()
+        assert front.router_is_empty()
+
+    gate = asyncio.Event()
+    run(scenario, streams(b"data: a\n\n", gate, b"data: b\n\n"))
+
+
+def test_an_engine_that_is_not_there_at_the_start_is_taken_in_when_it_is():
+    async def scenario(front):
+        engine = front.gateway.fleet.engines[front.engines[0].name]
+        assert (engine.state, eligible(front)) == ("starting", [False, True])
+        front.engines[0].healthy = True
+        await check(front)
+        assert (engine.state, eligible(front)) == ("healthy", [True, True])
+
+    def unwell(front):
+        front.engines[0].healthy = False
+
+    run(scenario, answers(), answers(), before=unwell)
+
+
+def test_without_a_healthy_engine_clients_are_asked_to_come_again():
+    async def scenario(front):
+        front.engines[0].healthy = False
+        await check(front, 3)
+        status, body, headers = await front.post()
+        assert (status, body["error"]["code"], headers["Retry-After"]) == (503, "no_engine", "2")
+        assert (await front.get("/healthz"))[0] == (await front.get("/v1/models"))[0] == 503
+
+    run(scenario, answers())
+
+
+async def put(front, name, body, **options):
+    async with front.http.put(f"/instances/{name}", data=json.dumps(body), **options) as response:
+        return response.status
+
+
+def test_a_draining_engine_ends_what_it_has_and_gets_nothing_new():
+    async def scenario(front):
+        first = await front.http.post(CHAT, json=ASK)
+        await first.content.readany()
+        assert await put(front, front.engines[0].name, {"draining": True}) == 200
+        front.engines[1].answer = answers()
+        for _ in range(2):
+            assert (await front.post())[0] == 200
+        gate.set()
+        assert await first.content.read() == b"data: b\n\n"
+        assert [len(engine.asked) for engine in front.engines] == [1, 2]
+        assert await put(front, front.engines[0].name, {"draining": False}) == 200
+        assert eligible(front) == [True, True]
+
+    gate = asyncio.Event()
+    run(scenario, streams(b"data: a\n\n", gate, b"data: b\n\n"), dies)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "status"),
+    [
+        ("nobody:1", {"draining": True}, 404),
+        ("", {"draining": True}, 404),
+        ("x", {}, 400),
+        ("x", {"draining": 1}, 400),
+    ],
+)
+def test_draining_needs_a_name_and_yes_or_no(name, body, status):
+    async def scenario(front):
+        assert await put(front, name, body) == status
+
+    run(scenario, answers())
+
+
+def test_the_models_of_all_engines_are_one_list():
+    async def scenario(front):
+        front.engines[0].models, front.engines[1].models = ["a", "b"], ["b", "c"]
+        status, text = await front.get("/v1/models")
+        assert status == 200
+        assert [model["id"] for model in json.loads(text)["data"]] == ["a", "b", "c"]
+
+    run(scenario, answers(), answers())
+
+
+@pytest.mark.parametrize(
+    ("page", "given", "blocks"),
+    [
+        (b'vllm:cache_config_info{block_size="32",engine="0",num_gpu_blocks="50"} 1.0\n', None, 100),
+        (b'vllm:cache_config_info{num_gpu_blocks="50",block_size="32"} 1.0\n', 160, 10),
+        (b"", None, 100_000 // 16),
+        (b'vllm:cache_config_info{num_gpu_blocks="None",block_size="16"} 1.0\n', None, 100_000 // 16),
+    ],
+)
+def test_the_size_of_a_cache_is_given_or_told_by_its_metrics(page, given, blocks):
+    async def scenario(front):
+        await front.post("/v1/completions", {"prompt": "".join(f"{i:064d}" for i in range(blocks + 5))})
+        assert front.gateway.lifecycle.router.index.blocks(front.engines[0].name) == blocks
+
+    def tell(front):
+        front.engines[0].metrics = page
+
+    run(scenario, answers(), before=tell, kv_tokens=given)
+
+
+PROFILE = Profile("fast", lambda *load: 1e-4, block_size=16, kv_blocks=1000)
+
+
+def encode(text, *, whole):
+    return ByteTokenizer().encode(text)
+
+
+def test_kv_events_tell_what_an_engine_has_cached():
+    """An engine of its own that publishes, two requests, and no prediction of what it holds."""
+
+    async def scenario():
+        publisher = KvEventPublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", clock=lambda: 1.5)
+        server = MockServer(
+            MockEngine("gpu-0", PROFILE), ByteTokenizer(), model="m", clock=lambda: 1.5, publisher=publisher
+        )
+        url = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
+        engine = EngineConfig(url, publisher.endpoint, publisher.replay_endpoint)
+        async with Front((), engines=(engine,), prompts=PromptReader(16, encode)) as front:
+            ask = {"prompt": "x" * 16 * 4 * 5, "max_tokens": 1}
+            await front.post("/v1/completions", ask)
+            while front.gateway.lifecycle.router.index.blocks(engine.name) < 5:
+                await asyncio.sleep(0)
+            await front.post("/v1/completions", {"prompt": [int(encode("xxxx", whole=True)[0])] * 16 * 6})
+            assert [line["hit"] for line in front.requests_logged()] == [0, 16 * 5]
+            assert [line["reported_cached_tokens"] for line in front.requests_logged()] == [0, 16 * 5]
+        await server.stop()
+
+    async def guarded():
+        async with asyncio.timeout(60):
+            await scenario()
+
+    asyncio.run(guarded())
