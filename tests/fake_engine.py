@@ -1,6 +1,7 @@
 """An engine as a script: raw HTTP on a loopback socket, so that it can die, stall and lie at any byte."""
 
 import asyncio
+import contextlib
 import json
 from dataclasses import dataclass, field
 
@@ -121,10 +122,8 @@ def waits_for_the_end(*pieces):
         for piece in pieces:
             write_chunk(writer, piece)
         await writer.drain()
-        try:
+        with contextlib.suppress(ConnectionError):
             await reader.read(1)
-        except ConnectionError:
-            pass
         asked.gone.set()
 
     return answer

@@ -139,6 +139,8 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
             raise InvalidArgument(f"{name} goes with each --engine or with none, got {len(sockets)}")
     if options.kv_replay and not options.kv_events:
         raise InvalidArgument("--kv-replay goes with --kv-events")
+    if options.chat_template is not None and options.tokenizer == "none":
+        raise InvalidArgument("--chat-template goes with --tokenizer")
     if options.kv_events and options.tokenizer == "none":
         raise InvalidArgument("--kv-events needs --tokenizer, since events speak of tokens")
     fields = GatewayConfig.__dataclass_fields__

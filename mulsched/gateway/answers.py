@@ -5,8 +5,8 @@ import re
 __all__ = ["AnswerWatch"]
 
 # An answer that quotes such a field has a backslash before the quotation mark.
-_PROMPT = re.compile(rb'(?<!\\)"(?:prompt|input)_tokens":\s*(\d{1,12})')
-_CACHED = re.compile(rb'(?<!\\)"cached_tokens":\s*(\d{1,12})')
+_PROMPT = re.compile(rb'(?<!\\)"(?:prompt|input)_tokens":\s*(\d{1,12})(?!\d)')
+_CACHED = re.compile(rb'(?<!\\)"cached_tokens":\s*(\d{1,12})(?!\d)')
 _TAIL_BYTES = 2048  # usage comes at the end, with some hundred bytes
 
 

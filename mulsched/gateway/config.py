@@ -60,8 +60,9 @@ class GatewayConfig:
     ``api_keys``: clients must send one of them; none: everyone may. ``engine_api_key``: sent to engines.
     ``forward_headers``: headers of clients that go on to engines besides those that always do.
     ``max_in_flight``: requests at a time. ``read_timeout_s``: an engine that sends nothing for so long has
-    failed; 600 as OpenAI's client waits. ``request_timeout_s``: for a request as a whole. ``idle_timeout_s``: a connection without a request, or
-    with a head that is not complete, is closed. ``linger_s``: how long the rest of a refused body is read.
+    failed; 600 as OpenAI's client waits. ``request_timeout_s``: for a request as a whole.
+    ``idle_timeout_s``: a connection without a request, or with a head that is not complete, is closed.
+    ``linger_s``: how long the rest of a refused body is read.
     ``max_attempts``: instances a request is tried on. ``eject_after``: so many failures in a row and an
     engine gets no more requests; ``readmit_after``: so many good checks in a row and it does.
 

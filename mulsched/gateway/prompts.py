@@ -73,9 +73,7 @@ class PromptReader:
         return 1 if self._encode is not None else CHARACTERS_PER_TOKEN
 
     async def read(self, body: Mapping[str, Any]) -> RoutedPrompt:
-        """Return how to book the prompt. One that cannot be read is booked by load alone: the engine will say
-        what is wrong with it.
-        """
+        """Return how to book the prompt; one that cannot be read, by load: the engine will refuse it."""
         try:
             prompt = parse_prompt(body)
         except (InvalidArgument, InvalidType):
@@ -92,7 +90,10 @@ class PromptReader:
             return _of_text(prompt.text, namespace)
         text, whole = prompt.text, "messages" not in body
         if self._chat_template is not None and not whole:
-            text = self._chat_template(body)
+            try:
+                text = self._chat_template(body)
+            except InvalidArgument:
+                return _by_load
         if len(text) < _THREAD_CHARACTERS:
             tokens = self._encode(text, whole=whole)
         else:

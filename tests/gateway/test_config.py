@@ -1,0 +1,133 @@
+"""Settings that cannot work are refused at the start, and the command passes on what it is given."""
+
+import re
+
+import pytest
+
+from mulsched.cli import main
+from mulsched.commands import serve
+from mulsched.errors import InvalidArgument, InvalidType
+from mulsched.gateway import EngineConfig, GatewayConfig
+
+ENGINE = EngineConfig("http://gpu-0:8000")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "gpu-0:8000",
+        "ftp://gpu-0",
+        "http://",
+        "http://h:99999",
+        "http://u:p@h",
+        "http://h/?a=b",
+        "http://h/#a",
+    ],
+)
+def test_an_engine_is_a_url_and_nothing_else(url):
+    with pytest.raises(InvalidArgument, match=re.escape(repr(url))):
+        EngineConfig(url)
+
+
+@pytest.mark.parametrize("endpoint", ["5557", "tcp://h", "http://h:1", "tcp://h:x"])
+def test_events_come_from_an_endpoint(endpoint):
+    with pytest.raises(InvalidArgument, match="endpoint"):
+        EngineConfig("http://h:1", endpoint)
+
+
+def test_an_instance_has_the_name_of_its_address():
+    assert EngineConfig("https://gpu-0:8000/base/").name == "gpu-0:8000/base"
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ({"engines": ()}, InvalidArgument),
+        ({"engines": (ENGINE, EngineConfig("https://gpu-0:8000"))}, InvalidArgument),
+        ({"max_in_flight": 0}, InvalidArgument),
+        ({"max_in_flight": 1.5}, InvalidType),
+        ({"max_in_flight": True}, InvalidType),
+        ({"read_timeout_s": 0}, InvalidArgument),
+        ({"read_timeout_s": float("inf")}, InvalidArgument),
+        ({"read_timeout_s": float("nan")}, InvalidArgument),
+        ({"kv_tokens": 0}, InvalidArgument),
+        ({"prefill_tokens_per_s": -1}, InvalidArgument),
+        ({"api_keys": ("",)}, InvalidArgument),
+        ({"api_keys": ("a\r\nb",)}, InvalidArgument),
+        ({"engine_api_key": "a\nb"}, InvalidArgument),
+        ({"forward_headers": ("Transfer-Encoding",)}, InvalidArgument),
+        ({"forward_headers": ("a b",)}, InvalidArgument),
+        ({"health_path": "health"}, InvalidArgument),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(setting, error):
+    with pytest.raises(error):
+        GatewayConfig(**{"engines": (ENGINE,)} | setting)
+
+
+def options(*arguments):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    serve.add_parser(parser.add_subparsers())
+    return parser.parse_args(["serve", *arguments])
+
+
+def test_the_command_passes_on_what_it_is_given(tmp_path):
+    key = tmp_path / "key"
+    key.write_text("from-a-file\n")
+    config = serve._config(
+        options(
+            *(
+                "--engine",
+                "http://a:1",
+                "--engine",
+                "http://b:2",
+                "--policy",
+                "round_robin",
+                "--api-key",
+                "k",
+            ),
+            *("--api-key", f"@{key}", "--engine-api-key", "e", "--forward-header", "X-Tenant"),
+            *("--read-timeout", "5", "--max-in-flight", "7", "--kv-tokens", "1000"),
+        )
+    )
+    assert config == GatewayConfig(
+        (EngineConfig("http://a:1"), EngineConfig("http://b:2")),
+        policy="round_robin",
+        api_keys=("k", "from-a-file"),
+        engine_api_key="e",
+        forward_headers=("X-Tenant",),
+        read_timeout_s=5.0,
+        max_in_flight=7,
+        kv_tokens=1000,
+    )
+
+
+def test_events_are_given_for_each_engine():
+    two = ("--engine", "http://a:1", "--engine", "http://b:2", "--tokenizer", "t")
+    config = serve._config(options(*two, "--kv-events", "tcp://a:5", "--kv-events", "tcp://b:5"))
+    assert [engine.kv_events for engine in config.engines] == ["tcp://a:5", "tcp://b:5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "gpu"], "an engine must be a URL"),
+        (
+            ["--engine", "http://a:1", "--engine", "http://b:1", "--kv-events", "tcp://a:5"],
+            "--kv-events goes with",
+        ),
+        (["--engine", "http://a:1", "--kv-events", "tcp://a:5"], "--kv-events needs --tokenizer"),
+        (["--engine", "http://a:1", "--kv-replay", "tcp://a:5"], "--kv-replay goes with --kv-events"),
+        (["--engine", "http://a:1", "--api-key", "@/nowhere"], "No such file"),
+        (["--engine", "http://a:1", "--policy", "nobody"], "nobody"),
+        (["--engine", "http://a:1", "--chat-template", "/nowhere"], "--chat-template goes with --tokenizer"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_a_line(arguments, message, capsys):
+    assert main(["serve", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1

@@ -1,0 +1,128 @@
+"""What a prompt is routed by: text, token ids, or what a tokenizer and a chat template make of it."""
+
+import asyncio
+
+import pytest
+
+from mulsched.errors import InvalidArgument
+from mulsched.gateway import PromptReader, load_tokenizer
+from mulsched.gateway.chat_template import ChatTemplate
+from mulsched.lifecycle import Lifecycle
+from mulsched.router import Router
+
+TEMPLATE = (
+    "{% for m in messages %}\n"
+    "    {%- if m.role == 'bad' %}{{ raise_exception('no') }}{% endif %}\n"
+    "[{{ m.role }}]{{ m.content }}\n"
+    "{% endfor %}\n"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CHAT = {"messages": [{"role": "user", "content": "a<b"}]}
+
+
+def letters(text, *, whole):
+    """A tokenizer: a token a letter, and one before a whole prompt."""
+    return [0] * whole + [ord(letter) for letter in text]
+
+
+class Instance:
+    """A router over one instance that remembers all, and decisions on bodies."""
+
+    def __init__(self, reader):
+        self.reader = reader
+        self.lifecycle = Lifecycle(Router(block_size=reader.router_block_size))
+        self.lifecycle.router.add_instance("a", cache_blocks=10_000)
+        self.n = 0
+
+    def send(self, body):
+        """Return prompt and hit, and end the request."""
+        self.n += 1
+        routed = asyncio.run(self.reader.read(body))
+        decision = routed(self.lifecycle, str(self.n), None, float(self.n))
+        self.lifecycle.finish(str(self.n), now=float(self.n))
+        return decision.columns.request.prompt_tokens, decision.hit_tokens
+
+
+def test_without_a_tokenizer_a_block_is_its_tokens_in_characters():
+    instance = Instance(PromptReader(16))
+    ask = {"prompt": "x" * 200}
+    assert [instance.send(ask), instance.send(ask)] == [(200, 0), (200, 192)]
+
+
+def test_token_ids_count_in_the_same_unit():
+    instance = Instance(PromptReader(16))
+    ask = {"prompt": list(range(50))}
+    assert [instance.send(ask), instance.send(ask)] == [(200, 0), (200, 192)]
+
+
+def test_with_a_tokenizer_everything_is_tokens():
+    instance = Instance(PromptReader(4, letters))
+    assert instance.send({"prompt": "abcdefgh"}) == (9, 0)
+    assert instance.send({"prompt": [0, *b"abcdefgh"]}) == (9, 8)
+
+
+def test_a_long_text_is_tokenized_alike():
+    instance = Instance(PromptReader(4, letters))
+    text = "abcdefgh" * 1000
+    assert instance.send({"prompt": text}) == (8001, 0)
+    assert instance.send({"prompt": letters(text, whole=True)}) == (8001, 8000)
+
+
+def test_a_chat_is_what_the_template_makes_of_it():
+    instance = Instance(PromptReader(4, letters, ChatTemplate(TEMPLATE)))
+    text = "[user]a<b\n[assistant]"
+    assert instance.send({"prompt": letters(text, whole=False)}) == (len(text), 0)
+    assert instance.send(CHAT) == (len(text), len(text) // 4 * 4)
+
+
+def test_tools_and_arguments_reach_the_template():
+    template = ChatTemplate(TEMPLATE + "{{ mood }}")
+    body = {**CHAT, "tools": [{"a": "<é>"}], "chat_template_kwargs": {"mood": "!"}}
+    assert template(body) == '[user]a<b\n[{"a": "<é>"}][assistant]!'
+
+
+@pytest.mark.parametrize("role", ["bad", None])
+def test_a_chat_that_the_template_refuses_is_routed_by_load(role):
+    template = TEMPLATE if role else "{{ 1 / 0 }}"
+    instance = Instance(PromptReader(4, letters, ChatTemplate(template)))
+    assert instance.send({"messages": [{"role": role or "user", "content": "secret"}]}) == (1, 0)
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ unclosed"])
+def test_what_is_no_template_is_refused(source):
+    with pytest.raises(InvalidArgument, match="not a chat template"):
+        ChatTemplate(source)
+
+
+def test_a_template_cannot_leave_its_sandbox():
+    with pytest.raises(InvalidArgument, match="SecurityError"):
+        ChatTemplate("{{ ''.__class__.__mro__ }}")({})
+
+
+@pytest.mark.parametrize("other", [{"cache_salt": "s"}, {"model": "n"}])
+def test_prompts_that_share_no_cache_are_apart(other):
+    instance = Instance(PromptReader(16))
+    ask = {"prompt": "x" * 65, "model": "m"}
+    assert [instance.send(ask)[1], instance.send({**ask, **other})[1], instance.send(ask)[1]] == [0, 0, 64]
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": ""}, {"prompt": 7}, {"messages": [7]}, {"input": [[-1]]}])
+def test_a_prompt_that_cannot_be_read_counts_as_one(body):
+    assert Instance(PromptReader(16)).send(body) == (1, 0)
+
+
+def test_a_tokenizer_is_a_file(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer = Tokenizer(WordLevel({"a": 5, "b": 6, "?": 7}, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path / "tokenizer.json"))("b a c", whole=True) == [6, 5, 7]
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(InvalidArgument, match=r"no\.json is neither"):
+        load_tokenizer(str(tmp_path / "no.json"))
