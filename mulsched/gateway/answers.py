@@ -4,9 +4,7 @@ import re
 
 __all__ = ["AnswerWatch"]
 
-# An answer that quotes such a field has a backslash before the quotation mark.
-_PROMPT = re.compile(rb'(?<!\\)"(?:prompt|input)_tokens":\s*(\d{1,12})(?!\d)')
-_CACHED = re.compile(rb'(?<!\\)"cached_tokens":\s*(\d{1,12})(?!\d)')
+_NUMBER = re.compile(rb"\s*(\d{1,12})(?!\d)")
 _TAIL_BYTES = 2048  # usage comes at the end, with some hundred bytes
 
 
@@ -38,7 +36,19 @@ class AnswerWatch:
 
     def usage(self) -> tuple[int, int] | None:
         """Return prompt tokens and cached ones as the engine counts them; None if it does not say."""
-        prompt, cached = _PROMPT.findall(self._tail), _CACHED.findall(self._tail)
-        if not prompt or not cached:
+        cached = _last_number(self._tail, b'"cached_tokens":')
+        if cached is None:
             return None
-        return int(prompt[-1]), int(cached[-1])
+        prompt = _last_number(self._tail, b'"prompt_tokens":')
+        if prompt is None:
+            prompt = _last_number(self._tail, b'"input_tokens":')
+        return None if prompt is None else (prompt, cached)
+
+
+def _last_number(text: bytes, field: bytes) -> int | None:
+    """Return the last number that has this name, found from the end; a regular expression takes 0.1 ms."""
+    at = text.rfind(field)
+    while at > 0 and text[at - 1 : at] == b"\\":  # part of a text that the answer quotes
+        at = text.rfind(field, 0, at)
+    number = None if at < 0 else _NUMBER.match(text, at + len(field))
+    return None if number is None else int(number[1])

@@ -282,6 +282,8 @@ class Proxy:
             if watch.feed(piece):
                 exchange.first_s = self._clock()
                 self._lifecycle.first_token(exchange.request_id, now=exchange.first_s)
+            if answer.content.at_eof():
+                break  # the last piece and the end go out as one
             await reply.write(piece)
             try:
                 piece = await answer.content.readany()
@@ -293,7 +295,7 @@ class Proxy:
         if exchange.usage is not None:
             engine.counts["reported_prompt_tokens"] += exchange.usage[0]
             engine.counts["reported_cached_tokens"] += exchange.usage[1]
-        await reply.write_eof()
+        await reply.write_eof(piece)
         return reply
 
     async def _break_off(
