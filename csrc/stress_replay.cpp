@@ -62,6 +62,7 @@ class Host final : public mulsched::ReplayHost {
     return request % static_cast<std::int64_t>(pool.rows.size());
   }
   bool go_on(std::int64_t) override { return true; }
+  void ended(std::size_t, std::int64_t) override {}
 };
 
 void whole_replay(std::uint64_t seed) {
@@ -81,7 +82,7 @@ void whole_replay(std::uint64_t seed) {
   const mulsched::TraceView trace{n, 2, arrival.data(), think.data(), prompt.data(), output.data(),
                                   start.data(), length.data(), offset.data(), follows.data()};
   const std::int64_t prefill = seed % 3 == 0 ? 1 : 0;
-  const mulsched::ReplayOptions options{4, prefill, 3, seed % 5 == 0, seed % 4 == 0 ? 0.01 : 0.0, seed % 7 == 0 ? 0.2 : 0.0, 1e-5, seed};
+  const mulsched::ReplayOptions options{4, prefill, 3, seed % 5 == 0, seed % 2 == 0, seed % 4 == 0 ? 0.01 : 0.0, seed % 7 == 0 ? 0.2 : 0.0, 1e-5, seed};
   std::vector<double> arrived(n), first(n), finish(n);
   std::vector<std::int64_t> instance(n), decode(n), cached(n), hits(n);
   mulsched::Roofline step_time;
