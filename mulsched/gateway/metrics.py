@@ -72,6 +72,9 @@ class GatewayMetrics:
             up.add_metric([engine.name], float(engine.name in eligible))
             in_flight.add_metric([engine.name], engine.in_flight)
         yield from (statuses, up, in_flight)
+        detector = self._lifecycle.router.detector
+        if detector is not None:
+            yield CounterMetricFamily("mulsched_alarms", "Alarms of prefixes raised.", detector.alarms_raised)
         odd = CounterMetricFamily("mulsched_lifecycle_signals", "Signals that were odd.", labels=["kind"])
         counts = self._lifecycle.counts
         for kind in counts.__slots__:

@@ -39,7 +39,7 @@ def overview(
             _decision(request_id, decision, now - decided_s)
             for decided_s, request_id, decision in reversed(records.recent)
         ],
-        "alarms": _alarms(config, fleet),
+        "alarms": _alarms(config, fleet, lifecycle),
     }
 
 
@@ -72,6 +72,7 @@ def _decision(request_id: str, decision: Decision, age_s: float) -> dict[str, An
         "instance": decision.instance,
         "prompt": columns.request.prompt_tokens,
         "hit": decision.hit_tokens,
+        "alarm": None if decision.alarm is None else str(decision.alarm),
         "candidates": [
             {
                 "instance": name,
@@ -85,7 +86,7 @@ def _decision(request_id: str, decision: Decision, age_s: float) -> dict[str, An
     }
 
 
-def _alarms(config: GatewayConfig, fleet: Fleet) -> list[dict[str, str]]:
+def _alarms(config: GatewayConfig, fleet: Fleet, lifecycle: Lifecycle) -> list[dict[str, str]]:
     alarms = [
         {"kind": engine.state, "instance": engine.name, "message": _WHY[engine.state]}
         for engine in fleet.engines.values()
@@ -97,6 +98,14 @@ def _alarms(config: GatewayConfig, fleet: Fleet) -> list[dict[str, str]]:
     if in_flight >= config.max_in_flight:
         message = f"the limit of {config.max_in_flight} requests is reached"
         alarms.append({"kind": "full", "instance": "", "message": message})
+    detector = lifecycle.router.detector
+    if detector is not None:
+        alarms += [{"kind": "prefix", "instance": "", "message": str(alarm)} for alarm in detector.alarms()]
+    alarms += [
+        {"kind": "kv_events", "instance": name, "message": f"what it has cached is {subscriber.state}"}
+        for name, subscriber in fleet.subscribers.items()
+        if subscriber.state != "known"
+    ]
     return alarms
 
 

@@ -84,6 +84,8 @@ class Records:
             fields["prompt"] = decision.columns.request.prompt_tokens
             fields["hit"] = decision.hit_tokens
             fields["score"] = decision.score
+            if decision.alarm is not None:
+                fields["alarm"] = str(decision.alarm)
         if usage is not None:
             fields["reported_prompt_tokens"], fields["reported_cached_tokens"] = usage
         self._log("request", **fields)

@@ -2,7 +2,7 @@
 
 import json
 
-from fake_engine import answers, dies
+from fake_engine import answers, dies, waits_for_the_end
 from gateway_harness import run
 
 
@@ -59,6 +59,25 @@ def test_an_ejected_engine_raises_an_alarm_until_it_is_back():
         assert kinds == [[], ["ejected", "no_engine"], []]
 
     run(scenario, dies)
+
+
+def test_a_prefix_that_overloads_its_holders_raises_an_alarm():
+    async def scenario(front):
+        sending, shown = [], {"alarms": []}
+        while not shown["alarms"]:  # the mitigation ends it soon after
+            response = await front.http.post("/v1/completions", json={"prompt": "x" * 40_000})
+            await response.content.readany()
+            sending.append(response)
+            shown = await overview(front)
+        assert [alarm["kind"] for alarm in shown["alarms"]] == ["prefix"]
+        assert any(decision["alarm"] for decision in shown["decisions"])
+        assert "mulsched_alarms_total 1.0" in (await front.get("/metrics"))[1]
+        for response in sending:
+            response.close()
+        await front.idle()
+        assert (await overview(front))["alarms"] == []
+
+    run(scenario, *[waits_for_the_end(b"data: a\n\n")] * 4, policy="lmetric_guarded")
 
 
 def test_the_page_may_talk_to_its_own_origin_only():
