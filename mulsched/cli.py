@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from mulsched.commands import check, endpoint_picker, info, mock_engine, replay, report, serve, trace
+from mulsched.commands import check, demo, endpoint_picker, info, mock_engine, replay, report, serve, trace
 from mulsched.errors import MulschedError
 
 __all__ = ["main"]
@@ -16,6 +16,7 @@ COMMANDS = (
     report,
     trace,
     serve,
+    demo,
     mock_engine,
     endpoint_picker,
     info,

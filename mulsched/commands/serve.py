@@ -122,7 +122,9 @@ def _run(options: argparse.Namespace) -> int:
         prompts = PromptReader(
             config.block_size, load_tokenizer(options.tokenizer), _chat_template(options.chat_template)
         )
-    log = no_log if options.no_log else JsonLog(sys.stderr.buffer.write, time.time)
+    # standard error without Python's buffers, a system call a line
+    errors = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115
+    log = no_log if options.no_log else JsonLog(errors.write, time.time)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         gateway = Gateway(config, new_id=lambda: uuid.uuid4().hex, prompts=prompts, log=log)
         runner.run(_serve(gateway, options))
