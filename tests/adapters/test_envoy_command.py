@@ -43,7 +43,7 @@ def test_the_command_picks_until_it_is_stopped(options):
     with started(*options) as process_:
         try:
             port = int(re.search(r":(\d+), policy lmetric", process_.stdout.readline())[1])
-            assert asyncio.run(one(port)) == "127.0.0.1:81"
+            assert asyncio.run(asyncio.wait_for(one(port), 60)) == "127.0.0.1:81"
             process_.send_signal(signal.SIGTERM)
             assert process_.wait(30) == 0
             assert process_.stdout.read() == "requests: cancelled 1, picked 1\n"
