@@ -48,8 +48,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="a gateway over four mock engines against round robin, in a minute",
-        description="Start four mock engines and a gateway, send the same load under each policy, "
-        "and compare. "
+        description="Four mock engines and a gateway get the same load under each policy, for comparison. "
         "The times are those of a GPU model, see docs/mock-engine.md.",
     )
     parser.add_argument(
