@@ -33,7 +33,7 @@ class Occupancy {
   std::size_t nodes() const noexcept { return index_.size(); }
 
   // keys: n_keys of the prompt; matched, loads: n candidates. Changes no state that can be seen, and keeps what
-  // it found for the dispatch that follows.
+  // it found for the dispatch that follows. The caller keeps both arrays until it examines others.
   ClassFound examine(const std::uint64_t* keys, std::size_t n_keys, const std::int64_t* matched,
                      const std::int64_t* loads, std::size_t n) {
     last_ = {changes_, keys, matched, n_keys, n, {}};
@@ -71,7 +71,7 @@ class Occupancy {
   std::size_t dispatch(const std::uint64_t* keys, std::size_t n_keys, const std::int64_t* matched,
                        const std::int64_t* loads, std::size_t n, double weight, ClassFound& found,
                        std::vector<std::uint64_t>& released) {
-    // The caller still has the arrays of the decision, so the same addresses mean the same values.
+    // The caller keeps the arrays examined last, so the same addresses mean the same values.
     if (last_.changes != changes_ || last_.keys != keys || last_.matched != matched || last_.n_keys != n_keys ||
         last_.n != n)
       examine(keys, n_keys, matched, loads, n);

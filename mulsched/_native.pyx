@@ -583,6 +583,7 @@ cdef class Occupancy:
     """Load in flight by prefix class; the twin is OccupancyPy, the checks are FailureDetector's."""
 
     cdef unique_ptr[COccupancy] core
+    cdef Words examined_keys, examined_table  # held, so that no other arrays get their addresses
 
     def __cinit__(self, double confidence):
         self.core.reset(new COccupancy(confidence))
@@ -603,6 +604,7 @@ cdef class Occupancy:
         cdef const int64_t* values = <const int64_t*> columns.view.buf
         cdef CClassFound found
         self.check(columns, loads)
+        self.examined_keys, self.examined_table = path, columns
         found = self.core.get().examine(
             <const uint64_t*> path.view.buf, path.length(), values, values + loads * n, n)
         return None if found.depth == 0 else (found.depth, found.hash, found.load, found.holders)

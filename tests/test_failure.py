@@ -370,6 +370,15 @@ def test_counts_are_those_of_a_naive_model(name, steps):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_what_was_examined_in_memory_since_freed_is_not_taken_for_what_is_dispatched(name):
+    occupancy, table = CORES[name](3.0), table_of([1, 0, 0], [0, 0, 0])
+    for i in range(20):  # numpy gives the keys that are dispatched the memory of those examined
+        occupancy.examine(np.array([7], dtype=np.uint64), table, LOADS)
+        occupancy.dispatch(np.array([8 + i], dtype=np.uint64), table, LOADS, 1.0)
+    assert occupancy.nodes() == 20
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(deadline=None)
 @given(steps=STEPS, order=st.permutations(range(3)))
 def test_the_order_of_candidates_does_not_matter(name, steps, order):
