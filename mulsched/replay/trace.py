@@ -125,7 +125,8 @@ class Trace:
             raise TraceError(f"{self.name}: run_offset does not fit {n} requests and {n_runs} runs")
         if n_runs and (self.run_length.min() < 0 or self.run_length.max() > _ID_LIMIT):
             raise TraceError(f"{self.name}: run lengths must not be negative")
-        if n_runs and (self.run_start.min() < 0 or (self.run_start + self.run_length).max() > _ID_LIMIT):
+        # not start + length, which could wrap
+        if n_runs and (self.run_start.min() < 0 or (self.run_start > _ID_LIMIT - self.run_length).any()):
             raise TraceError(f"{self.name}: block ids must lie in 0..2**48-1")
 
     def __len__(self) -> int:

@@ -136,6 +136,7 @@ def test_an_lru_of_everything_reaches_the_ideal():
         ({"run_length": np.array([4, 3, -2, 4])}, "run lengths must not be negative"),
         ({"run_start": np.array([0, 0, -1, 0])}, "block ids must lie in 0..2"),
         ({"run_start": np.array([0, 0, 2**48, 0])}, "block ids must lie in 0..2"),
+        ({"run_start": np.array([0, 0, 2**63 - 1, 0])}, "block ids must lie in 0..2"),  # the end would wrap
         ({"session": np.array([0, -2, 0])}, "session of request 1 must be at least -1"),
         ({"session": np.array([0.0, 1.0, 0.0])}, "session must be int64 in one dimension, got float64"),
         ({"arrival_s": [0.0, 1.0, 2.0]}, "arrival_s must be float64 in one dimension, got list"),
