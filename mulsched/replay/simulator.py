@@ -188,7 +188,8 @@ def replay(
         raise InvalidArgument(
             f"cache_source must be events or predicted and loop open or closed, got {cache_source}, {loop}"
         )
-    longest = int((trace.prompt_tokens + trace.output_tokens).max())
+    # unsigned, or the sum could wrap
+    longest = int((trace.prompt_tokens.astype(np.uint64) + trace.output_tokens.astype(np.uint64)).max())
     if longest > blocks * profile.block_size:
         raise InvalidArgument(
             f"{trace.name} has a request of {longest} tokens, an engine holds {blocks * profile.block_size}: "

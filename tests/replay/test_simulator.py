@@ -1,5 +1,7 @@
 """Replays: the production router in front of modelled engines."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -137,6 +139,13 @@ def test_a_policy_object_replays_too(chat):
 def test_bad_options_are_refused(chat, options, error, message):
     with pytest.raises(error, match=message):
         run(chat, **options)
+
+
+def test_a_length_beyond_64_bits_is_refused(chat):
+    endless = dataclasses.replace(chat, output_tokens=np.full(len(chat), 2**63 - 1))
+    longest = 2**63 - 1 + int(chat.prompt_tokens.max())
+    with pytest.raises(InvalidArgument, match=f"a request of {longest} tokens"):
+        run(endless)
 
 
 @settings(max_examples=20, deadline=None)
