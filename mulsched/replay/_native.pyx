@@ -491,7 +491,8 @@ def run_replay(trace, options, records, progress):
         replay.get().pools()[p].ties = {
             "least_recent": Ties.kLeastRecent, "random": Ties.kRandom, "first": Ties.kFirst}[ties]
         replay.get().pools()[p].tell_ends = policy.detector is not None
-        form = None if policy.filters or policy.on_dispatch or policy.detector else native_form(policy.score)
+        asks = policy.filters or policy.on_dispatch is not None or policy.detector is not None
+        form = None if asks else native_form(policy.score)
         if form is not None:
             replay.get().pools()[p].score.columns = form[0]
             replay.get().pools()[p].score.weights = form[1]

@@ -1,6 +1,6 @@
 """The native replay against its twin, which drives the production Router: equal to the last bit."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -179,6 +179,16 @@ def test_a_step_time_of_ones_own_is_called(chat):
     same = twins(chat, "lmetric", profile=builtin_profile())[0]
     assert others in ([], [first])
     assert first["finish_s"] == same["finish_s"]
+
+
+def test_a_dispatch_callback_that_counts_as_false_is_called(chat):
+    class Seen(list):
+        def __call__(self, columns, position):
+            self.append(position)
+
+    seen = Seen()
+    policy = replace(policies.get("lmetric"), on_dispatch=seen)
+    assert replay(chat, policy, profile=builtin_profile(), instances=3).instance.tolist() == seen
 
 
 def test_an_error_in_a_policy_comes_out_of_the_replay(chat):
