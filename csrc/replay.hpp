@@ -250,10 +250,14 @@ class Replay {
     const auto at = std::find_if(coming.begin(), coming.end(), [i](const Coming& each) { return each.request == i; });
     const std::vector<Key> keys = std::move(at->keys);
     coming.erase(at);
-    std::ptrdiff_t shared = 0;
-    for (const Coming& other : coming)
-      shared = std::max(shared, std::mismatch(keys.begin(), keys.end(), other.keys.begin(), other.keys.end()).first - keys.begin());
-    pool.in_flight.discard(static_cast<Row>(row), keys.data(), keys.size(), static_cast<std::size_t>(shared));
+    std::size_t shared = 0;
+    for (const Coming& other : coming) {
+      if (shared == keys.size()) break;
+      if (other.keys.size() <= shared || other.keys[shared] != keys[shared]) continue;  // then it shares no more
+      const auto differs = std::mismatch(keys.begin(), keys.end(), other.keys.begin(), other.keys.end()).first;
+      shared = std::max(shared, static_cast<std::size_t>(differs - keys.begin()));
+    }
+    pool.in_flight.discard(static_cast<Row>(row), keys.data(), keys.size(), shared);
   }
 
   std::int64_t ask(std::size_t p, std::int64_t i, std::size_t n_prompt, double now) {
