@@ -22,12 +22,11 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from mulsched.block_keys import Tokens
 from mulsched.decision import Decision
-from mulsched.errors import InvalidArgument, InvalidType, UnknownRequest
+from mulsched.errors import InvalidType, UnknownRequest
 from mulsched.load import check_now
+from mulsched.policies._parameters import at_least
 from mulsched.router import Router
 from mulsched.types import Keys, Namespace
 
@@ -76,14 +75,6 @@ class _PrefillQueue:
     plan: int = 0  # number of the entry in the heap that counts
 
 
-def _seconds(value: Any, name: str, *, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise InvalidType(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= least):
-        raise InvalidArgument(f"{name} must be finite and at least {least:g}, got {value}")
-    return float(value)
-
-
 class Lifecycle:
     """Reserves instances for requests and takes their signals in whatever order they come.
 
@@ -110,9 +101,9 @@ class Lifecycle:
         self._router = router
         self._rate: float | None = None
         if prefill_tokens_per_s is not None:
-            self._rate = _seconds(prefill_tokens_per_s, "prefill_tokens_per_s", least=1)
-        self._expire_after_s = _seconds(expire_after_s, "expire_after_s", least=0)
-        self._remember_s = _seconds(remember_s, "remember_s", least=0)
+            self._rate = at_least(prefill_tokens_per_s, "prefill_tokens_per_s", 1)
+        self._expire_after_s = at_least(expire_after_s, "expire_after_s", 0)
+        self._remember_s = at_least(remember_s, "remember_s", 0)
         self._lives: dict[Hashable, _Life] = {}  # the oldest reservation first
         self._early: dict[Hashable, tuple[float, set[Signal]]] = {}
         self._ended: dict[Hashable, float] = {}
@@ -156,16 +147,9 @@ class Lifecycle:
         counts as load where it was, then that one is cancelled. Signals that came already are applied at
         once. Arguments and errors as :meth:`Router.route`, without DuplicateRequest.
         """
-        return self._reserve(
-            request_id,
-            now,
-            lambda **more: self._router.route(
-                tokens, candidates=candidates, session=session, namespace=namespace, **more
-            ),
-            lambda **more: self._router.select(
-                tokens, candidates=candidates, session=session, namespace=namespace, **more
-            ),
-        )
+        router = self._router
+        options = {"candidates": candidates, "session": session, "namespace": namespace}
+        return self._reserve(router.route, router.select, tokens, request_id, now, options)
 
     def route_text(
         self,
@@ -178,16 +162,9 @@ class Lifecycle:
         namespace: Namespace | None = None,
     ) -> Decision:
         """Do what ``route`` does for a prompt of text; see :meth:`Router.select_text`."""
-        return self._reserve(
-            request_id,
-            now,
-            lambda **more: self._router.route_text(
-                text, candidates=candidates, session=session, namespace=namespace, **more
-            ),
-            lambda **more: self._router.select_text(
-                text, candidates=candidates, session=session, namespace=namespace, **more
-            ),
-        )
+        router = self._router
+        options = {"candidates": candidates, "session": session, "namespace": namespace}
+        return self._reserve(router.route_text, router.select_text, text, request_id, now, options)
 
     def route_keys(
         self,
@@ -200,31 +177,26 @@ class Lifecycle:
         session: str | None = None,
     ) -> Decision:
         """Do what ``route`` does for a prompt whose block keys are known; see :meth:`Router.select_keys`."""
-        return self._reserve(
-            request_id,
-            now,
-            lambda **more: self._router.route_keys(
-                keys, prompt_tokens=prompt_tokens, candidates=candidates, session=session, **more
-            ),
-            lambda **more: self._router.select_keys(
-                keys, prompt_tokens=prompt_tokens, candidates=candidates, session=session, **more
-            ),
-        )
+        router = self._router
+        options = {"prompt_tokens": prompt_tokens, "candidates": candidates, "session": session}
+        return self._reserve(router.route_keys, router.select_keys, keys, request_id, now, options)
 
     def _reserve(
         self,
-        request_id: Hashable,
-        now: float,
         route: Callable[..., Decision],
         select: Callable[..., Decision],
+        prompt: Any,
+        request_id: Hashable,
+        now: float,
+        options: dict[str, Any],
     ) -> Decision:
         with self._lock:
             now = self._advance(now)
             earlier = self._life(request_id)
             if earlier is None:
-                decision = route(request_id=request_id, now=now)
+                decision = route(prompt, request_id=request_id, now=now, **options)
             else:
-                decision = select(now=now)
+                decision = select(prompt, now=now, **options)
                 self._apply("cancel", request_id, earlier)
                 self.counts.retried += 1
                 self._router.dispatch(decision, request_id=request_id, now=now)
