@@ -512,17 +512,20 @@ class Router:
     def _forget_in_flight(self, booking: Booking) -> None:
         """Take a prefix out of flight, except what other requests that wait there share with it.
 
-        O(blocks of the prompt * requests that wait there).
+        O(blocks of the prompt + requests that wait there), unless they share ever more of it.
         """
         if self._in_flight is None:
             return
+        keys = booking.keys
         others = self._coming[booking.row] = [o for o in self._coming[booking.row] if o is not booking]
         shared = 0
         for other in others:
-            n = min(len(other.keys), len(booking.keys))
-            differs = np.flatnonzero(other.keys[:n] != booking.keys[:n])
+            n = min(len(other.keys), len(keys))
+            if n <= shared or other.keys[shared] != keys[shared]:
+                continue  # it shares no more than is known already
+            differs = np.flatnonzero(other.keys[:n] != keys[:n])
             shared = max(shared, int(differs[0]) if len(differs) else n)
-        self._in_flight.discard(self._in_flight.instance(booking.row), booking.keys, start=shared)
+        self._in_flight.discard(self._in_flight.instance(booking.row), keys, start=shared)
 
     # -- state from outside ------------------------------------------------------------------------
 
