@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +160,14 @@ def numbered(text: str) -> Iterator[tuple[int, str]]:
     first = next(lines, None)
     if first is None:
         return
-    if first[1].lstrip().startswith("{") and not _is_json(first[1]) and _is_json(text):
+    if first[1].lstrip().startswith("{") and not is_json(first[1]) and is_json(text):
         yield first[0], text
         return
     yield first
     yield from lines
 
 
-def _is_json(text: str) -> bool:
+def is_json(text: str) -> bool:
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -183,6 +184,32 @@ def json_object(line: str | bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise BadLineError(f"a JSON object expected, got {type(fields).__name__}")
     return fields
+
+
+def read_header(
+    source: Source, wanted: str, newest: int, check: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Return the first line of a format of the project's own; ``check`` looks at its other fields.
+
+    A bad one raises TraceError always, since nothing after it can be read.
+    """
+    ((line_number, line),) = islice(source.lines, 1)
+    try:
+        header = json_object(line)
+        if header.get("format") != wanted:
+            raise BadLineError(f'a header with "format": "{wanted}" expected, got {header.get("format")!r}')
+        version = number(header, "version", int, 1)
+        if version > newest:
+            raise BadLineError(
+                f"version {version} is newer than {newest}, the newest that this mulsched reads"
+            )
+        if number(header, "block_size", int, 1) > 2**14:
+            raise BadLineError(f"block_size must lie in 1..{2**14}, got {header['block_size']}")
+        if check is not None:
+            check(header)
+    except BadLineError as error:
+        raise TraceError(f"{source.name}:{line_number}: {error}") from None
+    return header
 
 
 def number(fields: dict[str, Any], name: str, kind: type, least: float) -> Any:

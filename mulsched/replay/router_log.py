@@ -1,17 +1,24 @@
 """The log of a live router, as ``mulsched.record`` writes it, read as a trace; see docs/record-format.md."""
 
 import binascii
-import json
 from base64 import b64decode
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from mulsched.errors import TraceError
 from mulsched.record import FORMAT, VERSION
-from mulsched.replay._lines import LIMIT, BadLineError, Rows, Source, as_runs, json_object, number
+from mulsched.replay._lines import (
+    LIMIT,
+    BadLineError,
+    Rows,
+    Source,
+    as_runs,
+    is_json,
+    json_object,
+    number,
+    read_header,
+)
 from mulsched.replay.trace import Trace
 
 __all__ = ["FORMAT", "read_router_log"]
@@ -101,10 +108,10 @@ def _keys(fields: dict[str, Any]) -> list[int]:
 
 def read_router_log(source: Source) -> Trace:
     """Read a log. A last line that a crash tore is left out, and the notes say so."""
-    log = _Log(_block_size(source))
+    log = _Log(read_header(source, FORMAT, VERSION)["block_size"])
     torn = False
     for line_number, line in source.lines:
-        if not line.endswith("\n") and not _is_whole(line):
+        if not line.endswith("\n") and not is_json(line):
             torn = True
             continue
         with source.at(str(line_number)):
@@ -116,31 +123,3 @@ def read_router_log(source: Source) -> Trace:
     if log.strays:
         notes.append(f"{log.strays} signals of requests that the log does not have left out")
     return rows.trace(source.name, log.block_size, notes=tuple(notes))
-
-
-def _is_whole(line: str) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _block_size(source: Source) -> int:
-    """Return the header's. A bad header raises TraceError always, since nothing after it can be read."""
-    ((line_number, line),) = islice(source.lines, 1)
-    try:
-        header = json_object(line)
-        if header.get("format") != FORMAT:
-            raise BadLineError(f'a header with "format": "{FORMAT}" expected, got {header.get("format")!r}')
-        version = number(header, "version", int, 1)
-        if version > VERSION:
-            raise BadLineError(
-                f"version {version} is newer than {VERSION}, the newest that this mulsched reads"
-            )
-        block_size: int = number(header, "block_size", int, 1)
-        if block_size > 2**14:
-            raise BadLineError(f"block_size must lie in 1..{2**14}, got {block_size}")
-    except BadLineError as error:
-        raise TraceError(f"{source.name}:{line_number}: {error}") from None
-    return block_size

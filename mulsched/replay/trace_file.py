@@ -2,14 +2,13 @@
 
 import gzip
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mulsched.errors import InvalidArgument, TraceError
-from mulsched.replay._lines import LIMIT, BadLineError, Source, json_object, number
+from mulsched.errors import InvalidArgument
+from mulsched.replay._lines import LIMIT, BadLineError, Source, json_object, number, read_header
 from mulsched.replay.trace import Trace
 
 __all__ = ["FORMAT", "VERSION", "read_mulsched", "write_trace"]
@@ -84,7 +83,7 @@ def _rows(trace: Trace) -> Any:
 
 def read_mulsched(source: Source) -> Trace:
     """Read a file of this format. What follows a bad line, when those are left out, follows none."""
-    header = _header(source)
+    header = read_header(source, FORMAT, VERSION, _check_header)
     rows: list[dict[str, Any]] = []
     place: list[int] = []  # of each request line among the good ones, -1 for a bad one
     for line_number, line in source.lines:
@@ -126,32 +125,16 @@ def read_mulsched(source: Source) -> Trace:
     )
 
 
-def _header(source: Source) -> dict[str, Any]:
-    """Return the header. A bad one raises TraceError always, since nothing after it can be read."""
-    ((line_number, line),) = islice(source.lines, 1)
-    try:
-        header = json_object(line)
-        if header.get("format") != FORMAT:
-            raise BadLineError(f'a header with "format": "{FORMAT}" expected, got {header.get("format")!r}')
-        version = number(header, "version", int, 1)
-        if version > VERSION:
-            raise BadLineError(
-                f"version {version} is newer than {VERSION}, the newest that this mulsched reads"
-            )
-        _only(header, _HEADER)
-        if number(header, "block_size", int, 1) > 2**14:
-            raise BadLineError(f"block_size must lie in 1..{2**14}, got {header['block_size']}")
-        if "requests" in header:
-            number(header, "requests", int, 1)
-        notes = header.get("notes", [])
-        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
-            raise BadLineError(f"notes must be a list of strings, got {notes!r}")
-        for field, kind in (("name", str), ("synthetic", bool)):
-            if not isinstance(header.get(field, kind()), kind):
-                raise BadLineError(f"{field} must be a {kind.__name__}, got {header[field]!r}")
-    except BadLineError as error:
-        raise TraceError(f"{source.name}:{line_number}: {error}") from None
-    return header
+def _check_header(header: dict[str, Any]) -> None:
+    _only(header, _HEADER)
+    if "requests" in header:
+        number(header, "requests", int, 1)
+    notes = header.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise BadLineError(f"notes must be a list of strings, got {notes!r}")
+    for field, kind in (("name", str), ("synthetic", bool)):
+        if not isinstance(header.get(field, kind()), kind):
+            raise BadLineError(f"{field} must be a {kind.__name__}, got {header[field]!r}")
 
 
 def _only(fields: dict[str, Any], known: set[str]) -> None:
