@@ -33,6 +33,7 @@ LAYERS = [
     ["record"],
     ["router"],
     ["lifecycle"],
+    ["prompt_routing"],
     ["testing"],
     ["events"],
     ["adapters"],

@@ -1,25 +1,20 @@
 """From the body of a request to a reserved instance, for hosts that show neither tokens nor KV events.
 
-Prompts are routed by their text, in blocks of as many characters as a block of tokens has on average. Four
-characters a token are arbitrary; a product does not mind the unit.
+What a prompt is routed by is in :mod:`mulsched.prompt_routing`.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
-from mulsched.block_keys import block_keys
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.lifecycle import Lifecycle
 from mulsched.load import check_count
-from mulsched.openai_prompt import Prompt, parse_prompt
+from mulsched.openai_prompt import parse_prompt
+from mulsched.prompt_routing import CHARACTERS_PER_TOKEN, reserve_prompt
 from mulsched.router import PolicyLike, Router
-from mulsched.types import Namespace
 
 __all__ = ["BodyRouter", "as_body"]
 
-CHARACTERS_PER_TOKEN = 4
 _PROMPTS = ("messages", "prompt", "input")
 _SHARED = ("model", "cache_salt", "tools")
 
@@ -71,29 +66,10 @@ class BodyRouter:
         try:
             prompt = parse_prompt(body)
         except (InvalidArgument, InvalidType):
-            return self._reserve_keys(np.empty(0, dtype=np.uint64), 1, request_id, now, candidates)
-        namespace = _namespace(prompt)
-        if prompt.token_ids is not None:
-            keys = block_keys(prompt.token_ids, self._block_size, namespace=namespace)
-            length = len(prompt.token_ids) * CHARACTERS_PER_TOKEN
-            return self._reserve_keys(keys, length, request_id, now, candidates)
-        assert prompt.text is not None
-        return self.lifecycle.route_text(
-            prompt.text, request_id=request_id, now=now, candidates=candidates, namespace=namespace
+            prompt = None
+        return reserve_prompt(
+            self.lifecycle, prompt, request_id=request_id, now=now, candidates=candidates
         ).instance
-
-    def _reserve_keys(
-        self, keys: Any, length: int, request_id: Hashable, now: float, candidates: Iterable[str] | None
-    ) -> str:
-        return self.lifecycle.route_keys(
-            keys, prompt_tokens=length, request_id=request_id, now=now, candidates=candidates
-        ).instance
-
-
-def _namespace(prompt: Prompt) -> Namespace | None:
-    if prompt.model is None and prompt.cache_salt is None:
-        return None
-    return Namespace(model=prompt.model, cache_salt=prompt.cache_salt)
 
 
 def as_body(value: Any) -> Mapping[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mulsched.errors import InvalidArgument
 from mulsched.lifecycle import Lifecycle
+from mulsched.prompt_routing import CHARACTERS_PER_TOKEN
 from mulsched.replay.openai_log import load_tokenizer
 from mulsched.router import Router
 
@@ -108,8 +109,6 @@ async def _serve(options: argparse.Namespace) -> None:
 
 def _routing(options: argparse.Namespace) -> tuple[Lifecycle, Any]:
     """Return the lifecycle, and from text to tokens; without a tokenizer the unit is a character."""
-    from mulsched.adapters.envoy.picker import CHARACTERS_PER_TOKEN
-
     scale, encode = CHARACTERS_PER_TOKEN, None
     if options.tokenizer != "none":
         scale, tokenizer = 1, load_tokenizer(options.tokenizer)

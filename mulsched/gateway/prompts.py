@@ -1,13 +1,12 @@
 """From the body of a request to a decision: what a prompt is routed by.
 
-Without a tokenizer a prompt is routed by its text, in blocks of as many characters as a block of tokens has
-on average; four characters a token are arbitrary, and a product does not mind. Prompts of token ids are used
-as they are, and counted in the same unit. With a tokenizer everything is tokens, and with the engine's own
-chat template they are the ones that its KV events speak of.
+Without a tokenizer a prompt is routed as :mod:`mulsched.prompt_routing` says. With a tokenizer everything is
+tokens, and with the engine's own chat template they are the ones that its KV events speak of.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +18,10 @@ from mulsched.decision import Decision
 from mulsched.errors import InvalidArgument, InvalidType, MissingExtra
 from mulsched.lifecycle import Lifecycle
 from mulsched.openai_prompt import parse_prompt
+from mulsched.prompt_routing import CHARACTERS_PER_TOKEN, NO_KEYS, namespace_of
 from mulsched.types import Namespace
 
-__all__ = ["CHARACTERS_PER_TOKEN", "Encode", "PromptReader", "RoutedPrompt", "load_tokenizer"]
-
-CHARACTERS_PER_TOKEN = 4
+__all__ = ["Encode", "PromptReader", "RoutedPrompt", "load_tokenizer"]
 
 Tokens = NDArray[np.uint32]
 # Shorter texts are tokenized on the event loop, in about a millisecond.
@@ -78,11 +76,10 @@ class PromptReader:
             prompt = parse_prompt(body)
         except (InvalidArgument, InvalidType):
             return _by_load
-        namespace = None
-        if prompt.model is not None or prompt.cache_salt is not None:
+        namespace = namespace_of(prompt)
+        if namespace is not None and self._encode is not None:
             # events name no model: what they tell holds for the one that the engine has
-            model = None if self._encode is not None else prompt.model
-            namespace = Namespace(model=model, cache_salt=prompt.cache_salt)
+            namespace = replace(namespace, model=None)
         if prompt.token_ids is not None:
             return self._of_tokens(np.array(prompt.token_ids, dtype=np.uint32), namespace)
         assert prompt.text is not None
@@ -126,12 +123,9 @@ def _of_text(text: str, namespace: Namespace | None) -> RoutedPrompt:
     return book
 
 
-_NO_KEYS = np.empty(0, dtype=np.uint64)
-
-
 def _by_load(lifecycle: Lifecycle, request_id: str, candidates: Sequence[str] | None, now: float) -> Decision:
     return lifecycle.route_keys(
-        _NO_KEYS, prompt_tokens=1, request_id=request_id, candidates=candidates, now=now
+        NO_KEYS, prompt_tokens=1, request_id=request_id, candidates=candidates, now=now
     )
 
 

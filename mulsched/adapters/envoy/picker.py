@@ -9,19 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from mulsched.block_keys import block_keys
 from mulsched.decision import Decision
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.lifecycle import Lifecycle
 from mulsched.openai_prompt import Prompt, parse_prompt
+from mulsched.prompt_routing import CHARACTERS_PER_TOKEN, NO_KEYS, reserve_prompt
 from mulsched.types import Namespace
 
-__all__ = ["CHARACTERS_PER_TOKEN", "EndpointPicker", "Pick", "Refusal"]
-
-CHARACTERS_PER_TOKEN = 4
-"""How many characters a token id counts for among prompts of text: OpenAI's rule of thumb for English."""
-
-_NO_PROMPT = "\n"  # the router wants one unit at least
+__all__ = ["EndpointPicker", "Pick", "Refusal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,32 +91,21 @@ class EndpointPicker:
         if self._max_in_flight is not None and len(self.lifecycle) >= self._max_in_flight * len(known):
             return self.refuse(429, "too many requests are in flight")
         if body is None:
-            return self._named(router.select_text(_NO_PROMPT, candidates=candidates))
+            return self._named(router.select_keys(NO_KEYS, prompt_tokens=1, candidates=candidates))
         prompt = _prompt(body)
         request_id = next(self._request_ids)
         where: dict[str, Any] = {"request_id": request_id, "now": self._clock(), "candidates": candidates}
         self.counts["picked"] += 1
         if prompt is None:
             self.counts["without_prompt"] += 1
-            decision = self.lifecycle.route_text(_NO_PROMPT, **where)
+        if prompt is None or self._encode is None:
+            decision = reserve_prompt(self.lifecycle, prompt, **where)
         else:
-            decision = self._route(prompt, where)
-        return self._named(decision, request_id)
-
-    def _route(self, prompt: Prompt, where: dict[str, Any]) -> Decision:
-        if self._encode is not None:
             # engines know the salt, but their events do not name the model that all of them serve
             namespace = Namespace(cache_salt=prompt.cache_salt)
             tokens = prompt.token_ids or self._encode(prompt.text or "") or [0]
-            return self.lifecycle.route(tokens, namespace=namespace, **where)
-        namespace = Namespace(model=prompt.model, cache_salt=prompt.cache_salt)
-        if prompt.token_ids is None:
-            assert prompt.text is not None
-            return self.lifecycle.route_text(prompt.text, namespace=namespace, **where)
-        per_block = self.lifecycle.router.block_size // CHARACTERS_PER_TOKEN
-        keys = block_keys(prompt.token_ids, per_block, namespace=namespace)
-        prompt_tokens = len(prompt.token_ids) * CHARACTERS_PER_TOKEN
-        return self.lifecycle.route_keys(keys, prompt_tokens=prompt_tokens, **where)
+            decision = self.lifecycle.route(tokens, namespace=namespace, **where)
+        return self._named(decision, request_id)
 
     def _named(self, decision: Decision, request_id: Hashable = None) -> Pick:
         first = decision.instance
