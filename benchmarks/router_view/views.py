@@ -10,8 +10,7 @@ from mulsched import Lifecycle, Router
 from mulsched.indicators import Columns, fill_columns
 from mulsched.policies._policy import select as select_composed
 from mulsched.replay import Profile
-from mulsched.replay._replay_py import _Pool, _Replay
-from mulsched.replay.engine import EngineModel
+from mulsched.replay._replay_py import _Replay
 from mulsched.replay.records import Counts, Records, ReplayOptions
 from mulsched.replay.trace import Trace
 
@@ -69,20 +68,18 @@ class SilentRouter:
 class _Viewed(_Replay):
     """The replay's Python loop with a router of one's own."""
 
-    make_router: MakeRouter
+    def __init__(self, make_router: MakeRouter, *replayed: Any) -> None:
+        self.make_router = make_router
+        super().__init__(*replayed)
 
-    def pool(self, p: int, n: int) -> _Pool:
+    def router(self, p: int) -> Router:
         options = self.options
-        router = type(self).make_router(
+        return self.make_router(
             block_size=options.profile.block_size,
             policy=options.policies[p],
             ties=options.ties[p],
             seed=options.seed,
         )
-        for i in range(n):
-            router.add_instance(f"instance-{i}", cache_blocks=None)
-        engines = [EngineModel(options.profile, kv_blocks=options.kv_blocks) for _ in range(n)]
-        return _Pool(router, engines, 0)
 
     def end_step(self, p: int, at: int, now: float) -> None:
         self.pools[p].router.now = now
@@ -91,9 +88,8 @@ class _Viewed(_Replay):
 
 def replay_with(make_router: MakeRouter, trace: Trace, options: ReplayOptions) -> tuple[Records, Counts]:
     """Replay a trace with the router that ``make_router(block_size=, policy=, ties=, seed=)`` makes."""
-    loop = type("Loop", (_Viewed,), {"make_router": staticmethod(make_router)})
     records = Records.empty(len(trace))
-    replay = loop(trace, options, records)
+    replay = _Viewed(make_router, trace, options, records)
     replay.run(None)
     return records, replay.counts
 

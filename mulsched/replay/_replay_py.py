@@ -60,13 +60,7 @@ class _Replay:
 
     def pool(self, p: int, n: int) -> _Pool:
         options = self.options
-        router = Router(
-            block_size=options.profile.block_size,
-            policy=options.policies[p],
-            ties=options.ties[p],
-            seed=options.seed,
-            in_flight=options.in_flight,
-        )
+        router = self.router(p)
         first = options.prefill_instances if p else 0
         for i in range(n):
             router.add_instance(
@@ -74,6 +68,16 @@ class _Replay:
             )
         engines = [EngineModel(options.profile, kv_blocks=options.kv_blocks) for _ in range(n)]
         return _Pool(router, engines, first)
+
+    def router(self, p: int) -> Router:
+        options = self.options
+        return Router(
+            block_size=options.profile.block_size,
+            policy=options.policies[p],
+            ties=options.ties[p],
+            seed=options.seed,
+            in_flight=options.in_flight,
+        )
 
     def run(self, progress: Progress | None) -> None:
         for i, previous in enumerate(self.trace.previous.tolist()):
