@@ -3,10 +3,9 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from mulsched import policies
+from mulsched import policies, testing
 from mulsched.indicators import COLUMNS, Columns
 from mulsched.policies._policy import select
-from mulsched.types import Request
 
 
 def make_columns(
@@ -27,33 +26,21 @@ def make_columns(
     names=None,
     keys=(),
 ):
-    """Columns of as many candidates as the longest list given; the rest is zero (last_chosen -1)."""
-    given = {
-        "matched_blocks": matched,
-        "queued_prefill_tokens": queued,
-        "running": running,
-        "waiting": waiting,
-        "context_tokens": context,
-        "cached_blocks": cached,
-        "last_chosen": last_chosen,
-    }
-    n = max(len(values) for values in given.values() if values is not None)
-    table = np.zeros((len(COLUMNS), n), dtype=np.int64)
-    table[COLUMNS.index("last_chosen")] = -1
-    for name, values in given.items():
-        if values is not None:
-            table[COLUMNS.index(name)] = values
-    table[1] = np.minimum(table[0] * block_size, (prompt - 1) // block_size * block_size)
-    table[2] = prompt - table[1]
-    table[4] = table[3] + table[2]
-    table[7] = table[5] + table[6] + 1
-    return Columns(
-        request=Request(prompt, np.array(keys, dtype=np.uint64), "r", session),
-        instances=tuple(names or (f"i{row}" for row in range(n))),
-        rows=np.arange(n, dtype=np.int64),
-        table=table,
-        decision=decision,
+    """``mulsched.testing.make_columns`` by short names, and without block keys."""
+    return testing.make_columns(
+        prompt_tokens=prompt,
         block_size=block_size,
+        matched_blocks=matched,
+        queued_prefill_tokens=queued,
+        running=running,
+        waiting=waiting,
+        context_tokens=context,
+        cached_blocks=cached,
+        last_chosen=last_chosen,
+        instances=names,
+        keys=np.array(keys, dtype=np.uint64),
+        session=session,
+        decision=decision,
         seed=seed,
         now=now,
     )
