@@ -1,20 +1,12 @@
 """The live page in a real browser."""
 
-import shutil
-
 import pytest
+from chromium import launch_options
 from fake_engine import answers
 from gateway_harness import run
 
 pytestmark = pytest.mark.browser
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-]
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -22,14 +14,11 @@ def browse(look, *engine_answers, expected="401", **options):
     """Open the page of a gateway and run ``look(page, front)``; the console may say what is ``expected`` only."""
     from playwright.async_api import async_playwright
 
-    path = shutil.which("chromium")
-    assert path is not None, "these tests need chromium (Debian: apt install chromium)"
-
     async def scenario(front):
         for _ in range(3):
             await front.post("/v1/completions", {"prompt": "x" * 200}, Authorization="Bearer one")
         async with async_playwright() as playwright:
-            browser = await playwright.chromium.launch(executable_path=path, args=FLAGS)
+            browser = await playwright.chromium.launch(**launch_options())
             page = await browser.new_page(viewport={"width": 420, "height": 800})
             told, asked = [], []
             page.on("console", lambda message: told.append(message.text))

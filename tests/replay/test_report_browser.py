@@ -1,23 +1,13 @@
 """The page in a real browser: what it shows, and that it asks nobody for anything."""
 
 import json
-import shutil
 
 import pytest
+from chromium import launch_options
 
 from mulsched.cli import main
 
 pytestmark = pytest.mark.browser
-
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +37,8 @@ def results(tmp_path_factory):
 def browser():
     from playwright.sync_api import sync_playwright
 
-    path = shutil.which("chromium")
-    assert path is not None, "these tests need chromium (Debian: apt install chromium)"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(**launch_options())
         yield browser
         browser.close()
 
