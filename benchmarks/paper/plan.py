@@ -9,6 +9,7 @@ from setups import SMALL_KV_BLOCKS, Setup
 
 from mulsched import Policy, policies
 from mulsched.indicators import Columns
+from mulsched.router import InFlight
 from mulsched.scorers import Multiplicative
 
 SYNTHETIC = ("chat", "api", "coder", "tool_agent", "thinking")
@@ -85,12 +86,15 @@ class Run:
     ties: str | None = None
     state_delay_s: float = 0.0
     event_loss_ratio: float = 0.0
+    in_flight: InFlight = "cached"
 
     @property
     def label(self) -> str:
         """The policy with its parameters, as in ``linear(weight=0.5)``, unless they are the engine's."""
         if self.policy in PREDICTING_POLICIES:
             return self.policy
+        if self.in_flight != "cached":
+            return f"{self.policy}, prefixes in flight not cached"
         given = ", ".join(f"{name}={value:g}" for name, value in self.parameters.items())
         return f"{self.policy}({given})" if given else self.policy
 
@@ -155,7 +159,8 @@ def runs(cell: Cell, tuned: Mapping[str, Any] | None) -> list[Run]:
         best = Run("linear", tuned or {}, role="trial")
         return [*repeats(3), *(Run(name) for name in ("vllm", "dynamo", "sticky", "least_p_tokens")), best]
     if cell.stage == "ablation":
-        return repeats(3) + [Run(name) for name in ABLATION_POLICIES]
+        paper = Run("lmetric", in_flight="ignore")
+        return [*repeats(3), paper, *(Run(name) for name in ABLATION_POLICIES)]
     assert cell.stage == "stale"
     return [
         Run(name, given, state_delay_s=delay, event_loss_ratio=loss)
@@ -174,6 +179,7 @@ def cells() -> list[Cell]:
     tables = [Setup(trace, "qwen2") for trace in (*SYNTHETIC, "mooncake")]
     moe = [Setup(trace, "qwen3") for trace in (*SYNTHETIC, "mooncake")]
     swept = [Setup(trace, "qwen2") for trace in ("chat", "api", "coder", "mooncake")]
+    moe_swept = [moe[0], moe[1], moe[2], moe[5], moe[3]]
     small = [Setup(trace, "qwen2", kv_blocks=SMALL_KV_BLOCKS) for trace in ("thinking", "chat", "coder")]
     agents = Setup("agentic", "qwen2", instances=8)
     order = [
@@ -203,5 +209,7 @@ def cells() -> list[Cell]:
         Cell("main", moe[5]),
         Cell("main", moe[4]),
         Cell("main", Setup("agentic", "qwen2")),
+        *(Cell("sweep", setup, load) for setup in moe_swept for load in SWEEP_LOADS),
+        *(Cell("ablation", setup, 0.5) for setup in moe_swept[:4]),
     ]
     return list(dict.fromkeys(order + rest))

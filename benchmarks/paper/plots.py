@@ -95,14 +95,20 @@ def rates(cells: list[Table]) -> plt.Figure | None:
     titles = list(dict.fromkeys(t.title for t in cells if t.stage == "sweep"))
     if not titles:
         return None
-    figure, axes = plt.subplots(
-        2, len(titles), figsize=(2.9 * len(titles), 5.6), layout="constrained", squeeze=False, sharex=True
+    width = min(len(titles), 5)
+    lines = -(-len(titles) // width)
+    figure, grid = plt.subplots(
+        2 * lines, width, figsize=(2.9 * width, 5.6 * lines), layout="constrained", squeeze=False, sharex=True
     )
-    for column, title in enumerate(titles):
+    for ax in grid.flat[2 * width * (lines - 1) :]:
+        ax.axis("off")  # until it is drawn on
+    for place, title in enumerate(titles):
+        line, column = divmod(place, width)
         points = sorted(
             (t for t in cells if t.title == title and t.stage in ("sweep", "main")), key=lambda t: t.load
         )
-        for ax, (key, name) in zip(axes[:, column], MEANS, strict=True):
+        for ax, (key, name) in zip(grid[2 * line : 2 * line + 2, column], MEANS, strict=True):
+            ax.axis("on")
             ax.plot(
                 [t.load for t in points],
                 [1e3 * t.reference(key) for t in points],
@@ -117,8 +123,8 @@ def rates(cells: list[Table]) -> plt.Figure | None:
             _log_scale(ax)
             if column == 0:
                 ax.set_ylabel(f"{name}, ms")
-        axes[0, column].set_title(title, fontsize=8)
-    axes[0, 0].legend(fontsize=7)
+        grid[2 * line, column].set_title(title, fontsize=8)
+    grid[0, 0].legend(fontsize=7)
     figure.supxlabel("share of the maximum rate", fontsize=9)
     return figure
 

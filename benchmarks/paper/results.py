@@ -47,8 +47,8 @@ class Table:
 
     @cached_property
     def repeats(self) -> list[Row]:
-        """LMetric's runs on state that is neither late nor lossy."""
-        return [row for row in self.rows if row["policy"] == "lmetric" and not row["delay_s"] + row["loss"]]
+        """LMetric's runs as it is by default, on state that is neither late nor lossy."""
+        return [row for row in self.rows if row["label"] == "lmetric" and not row["delay_s"] + row["loss"]]
 
     def reference(self, figure: str) -> float:
         """LMetric's mean over its repeats."""
@@ -66,7 +66,7 @@ class Table:
     def others(self) -> dict[str, Row]:
         """A row for each policy but LMetric, and one for the best of each grid, which is called tuned."""
         entries = {
-            row["label"]: row for row in self.rows if row["role"] == "result" and row["policy"] != "lmetric"
+            row["label"]: row for row in self.rows if row["role"] == "result" and row["label"] != "lmetric"
         }
         for policy in dict.fromkeys(row["policy"] for row in self.rows if row["role"] == "trial"):
             entries[f"{policy}, tuned"] = self.best_trial(policy)

@@ -152,6 +152,7 @@ def _runs(cell: plan.Cell, trace: Trace, out: Path) -> dict[str, Any]:
                 ties=run.ties,
                 state_delay_s=run.state_delay_s,
                 event_loss_ratio=run.event_loss_ratio,
+                in_flight=run.in_flight,
             )
             figures = result.summary()
             known[key] = [result.ties, *(_short(figures[name]) for name in rules.FIGURES)]
