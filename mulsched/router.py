@@ -53,7 +53,7 @@ if BACKEND == "native":
 __all__ = ["InFlight", "Router"]
 
 InFlight = Literal["ignore", "cached"]
-"""How prefixes of requests without a first token count."""
+"""How prefixes of requests without a first token count: as not cached, or as cached."""
 
 PolicyLike = str | Policy | Callable[[Columns], Any]
 
@@ -81,14 +81,21 @@ def _fused(policy: Policy, ties: Ties, seed: int) -> "FusedScore | None":
     return FusedScore(*form, ties, seed)
 
 
+def _common_blocks(a: Keys, b: Keys) -> int:
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
 class Router:
     """Decides which instance a request goes to, and keeps the state that decisions are made from.
 
     ``policy``: a name (see ``mulsched.policies.names()``), a :class:`~mulsched.policies.Policy`, or any
     callable on :class:`~mulsched.indicators.Columns` that returns one float per candidate, lower is better.
     ``ties``: ``"least_recent"``, ``"random"`` (seeded by ``seed``) or ``"first"``; None takes the policy's.
-    ``in_flight``: whether prefixes of requests that wait for their first token count as cached
-    (``"cached"``) or not (``"ignore"``, as in the authors' router). ``key_seed`` seeds the block keys; one
+    ``in_flight``: whether prefixes of requests that wait for their first token count as cached where they
+    were sent (``"cached"``, which measured best, docs/lifecycle.md) or not (``"ignore"``, as in the authors'
+    router, and right for engines without a prefix cache). ``key_seed`` seeds the block keys; one
     that is kept secret keeps tenants from guessing what is cached. ``detector``: leaves instances out while a
     class of requests overloads the holders of its prefix; None takes the policy's, which has none as a rule.
 
@@ -106,7 +113,7 @@ class Router:
         policy: PolicyLike = "lmetric",
         ties: Ties | None = None,
         seed: int = 0,
-        in_flight: InFlight = "ignore",
+        in_flight: InFlight = "cached",
         key_seed: int = DEFAULT_SEED,
         detector: FailureDetector | None = None,
     ) -> None:
@@ -459,7 +466,7 @@ class Router:
         """
         with self._lock:
             booking = self._load.first_token(request_id)
-            self._forget_in_flight(booking)
+            self._arrive(booking)
             self._predict(booking)
 
     def finish(self, request_id: Hashable) -> None:
@@ -471,18 +478,20 @@ class Router:
         with self._lock:
             booking = self._end(request_id)
             if booking.waiting:
-                self._forget_in_flight(booking)
+                self._arrive(booking)
             self._predict(booking)
 
     def cancel(self, request_id: Hashable) -> None:
         """Take a request off at any stage. One that still waited leaves nothing cached.
 
+        Requests that wait there and counted on its prefix are booked for computing it, the earliest first.
         Raises UnknownRequest (never dispatched, or ended).
         """
         with self._lock:
             booking = self._end(request_id)
             if booking.waiting:
-                self._forget_in_flight(booking)
+                self._bequeath(booking)
+                self._arrive(booking)
             else:
                 self._predict(booking)
 
@@ -509,7 +518,7 @@ class Router:
         if instance in self._predicted:
             self._index.store(instance, booking.keys)
 
-    def _forget_in_flight(self, booking: Booking) -> None:
+    def _arrive(self, booking: Booking) -> None:
         """Take a prefix out of flight, except what other requests that wait there share with it.
 
         O(blocks of the prompt + requests that wait there), unless they share ever more of it.
@@ -520,12 +529,27 @@ class Router:
         others = self._coming[booking.row] = [o for o in self._coming[booking.row] if o is not booking]
         shared = 0
         for other in others:
-            n = min(len(other.keys), len(keys))
-            if n <= shared or other.keys[shared] != keys[shared]:
-                continue  # it shares no more than is known already
-            differs = np.flatnonzero(other.keys[:n] != keys[:n])
-            shared = max(shared, int(differs[0]) if len(differs) else n)
+            if len(other.keys) > shared and shared < len(keys) and other.keys[shared] == keys[shared]:
+                shared = _common_blocks(other.keys, keys)  # else it shares no more than is known already
         self._in_flight.discard(self._in_flight.instance(booking.row), keys, start=shared)
+
+    def _bequeath(self, booking: Booking) -> None:
+        """Book what a cancelled request will not compute on the later ones that counted on it.
+
+        O(blocks of the prompt * requests that wait there).
+        """
+        if self._in_flight is None:
+            return
+        there = int(self._index.match(booking.keys)[booking.row]) * self._block_size
+        there = max(there, booking.prompt_tokens - booking.new_prefill_tokens)
+        waiting = self._coming[booking.row]
+        first = next(i for i, other in enumerate(waiting) if other is booking)
+        for heir in waiting[first + 1 :]:
+            shared = _common_blocks(heir.keys, booking.keys) * self._block_size
+            counted_on = min(shared, heir.prompt_tokens - heir.new_prefill_tokens)
+            if counted_on > there:
+                self._load.add_prefill(heir, counted_on - there)
+                there = counted_on
 
     # -- state from outside ------------------------------------------------------------------------
 

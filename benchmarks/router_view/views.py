@@ -46,7 +46,7 @@ class SilentRouter:
     """Hears no first token: releases the queue by an estimate, or with ``rate`` None at the end only."""
 
     def __init__(self, rate: float | None, **options: Any) -> None:
-        self.router = Router(**options)
+        self.router = Router(in_flight="ignore", **options)
         self.lives = Lifecycle(self.router, prefill_tokens_per_s=rate, expire_after_s=1e9)
         self.now = 0.0
         self.add_instance, self.apply = self.router.add_instance, self.router.apply
