@@ -549,7 +549,7 @@ class Router:
             counted_on = min(shared, heir.prompt_tokens - heir.new_prefill_tokens)
             if counted_on > there:
                 self._load.add_prefill(heir, counted_on - there)
-                there = counted_on
+            there = max(there, shared)  # the heir brings all of it, also what it has to compute twice
 
     # -- state from outside ------------------------------------------------------------------------
 
