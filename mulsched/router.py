@@ -28,6 +28,7 @@ from mulsched.errors import (
     UnknownBlock,
 )
 from mulsched.failure import FailureDetector
+from mulsched.in_flight import PrefixesInFlight
 from mulsched.indicators import COLUMNS, Columns, fill_columns
 from mulsched.load import Booking, LoadTable, check_count, check_now
 from mulsched.policies import Policy, Ties
@@ -79,12 +80,6 @@ def _fused(policy: Policy, ties: Ties, seed: int) -> "FusedScore | None":
     if BACKEND != "native" or policy.filters or form is None:
         return None
     return FusedScore(*form, ties, seed)
-
-
-def _common_blocks(a: Keys, b: Keys) -> int:
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
 
 
 class Router:
@@ -139,9 +134,7 @@ class Router:
             raise InvalidType(f"detector must be a FailureDetector or None, got {detector!r}")
         self._detector = detector if detector is not None else self._policy.detector
         self._index = PrefixIndex()
-        # rows of both indexes agree, since instances are added to and removed from both alike
-        self._in_flight = PrefixIndex() if in_flight == "cached" else None
-        self._coming: dict[int, list[Booking]] = {}  # by row, those whose prefix is in flight
+        self._in_flight = PrefixesInFlight() if in_flight == "cached" else None
         self._load = LoadTable()
         self._predicted: set[str] = set()
         self._last_report: dict[str, float] = {}
@@ -192,7 +185,7 @@ class Router:
             if cache_blocks is not None:
                 self._predicted.add(instance)
             if self._in_flight is not None:
-                self._in_flight.add_instance(instance)
+                self._in_flight.add_row(row)
             self._load.add_row(row)
             self._refresh_candidates()
 
@@ -209,8 +202,7 @@ class Router:
                     self._detector.end(request_id)
             self._index.remove_instance(instance)
             if self._in_flight is not None:
-                self._in_flight.remove_instance(instance)
-                self._coming.pop(row, None)
+                self._in_flight.remove_row(row)
             self._predicted.discard(instance)
             self._last_report.pop(instance, None)
             self._refresh_candidates()
@@ -410,7 +402,7 @@ class Router:
 
     def _pick(self, columns: Columns) -> tuple[int, NDArray[np.float64]]:
         index = self._index.backend
-        coming = None if self._in_flight is None else self._in_flight.backend
+        coming = None if self._in_flight is None else self._in_flight.tree
         request, load = columns.request, self._load.table
         if self._fused is not None:
             scores = np.empty(len(columns.instances))
@@ -452,8 +444,7 @@ class Router:
         self._load.dispatch(request_id, booking, decision=self._decision)
         self._decision += 1
         if self._in_flight is not None:
-            self._in_flight.store(decision.instance, request.keys)
-            self._coming.setdefault(row, []).append(booking)
+            self._in_flight.dispatch(booking)
         if self._detector is not None:  # last: if a callback raises, the request is booked
             self._detector.dispatch(decision.columns, request_id)
 
@@ -519,37 +510,15 @@ class Router:
             self._index.store(instance, booking.keys)
 
     def _arrive(self, booking: Booking) -> None:
-        """Take a prefix out of flight, except what other requests that wait there share with it.
-
-        O(blocks of the prompt + requests that wait there), unless they share ever more of it.
-        """
-        if self._in_flight is None:
-            return
-        keys = booking.keys
-        others = self._coming[booking.row] = [o for o in self._coming[booking.row] if o is not booking]
-        shared = 0
-        for other in others:
-            if len(other.keys) > shared and shared < len(keys) and other.keys[shared] == keys[shared]:
-                shared = _common_blocks(other.keys, keys)  # else it shares no more than is known already
-        self._in_flight.discard(self._in_flight.instance(booking.row), keys, start=shared)
+        if self._in_flight is not None:
+            self._in_flight.arrive(booking)
 
     def _bequeath(self, booking: Booking) -> None:
-        """Book what a cancelled request will not compute on the later ones that counted on it.
-
-        O(blocks of the prompt * requests that wait there).
-        """
-        if self._in_flight is None:
-            return
-        there = int(self._index.match(booking.keys)[booking.row]) * self._block_size
-        there = max(there, booking.prompt_tokens - booking.new_prefill_tokens)
-        waiting = self._coming[booking.row]
-        first = next(i for i, other in enumerate(waiting) if other is booking)
-        for heir in waiting[first + 1 :]:
-            shared = _common_blocks(heir.keys, booking.keys) * self._block_size
-            counted_on = min(shared, heir.prompt_tokens - heir.new_prefill_tokens)
-            if counted_on > there:
-                self._load.add_prefill(heir, counted_on - there)
-            there = max(there, shared)  # the heir brings all of it, also what it has to compute twice
+        """Book what a cancelled request will not compute on those that counted on it."""
+        if self._in_flight is not None:
+            cached = int(self._index.match(booking.keys)[booking.row])
+            for heir, tokens in self._in_flight.heirs(booking, cached, self._block_size):
+                self._load.add_prefill(heir, tokens)
 
     # -- state from outside ------------------------------------------------------------------------
 

@@ -516,7 +516,9 @@ def test_expired_requests_leave_their_prefill_to_who_counted_on_it():
 
 @given(st.data())
 def test_after_cancellations_the_rest_is_booked_as_if_it_had_come_alone(data):
-    prompts = data.draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=10), min_size=1, max_size=8))
+    prompts = data.draw(
+        st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=10), min_size=1, max_size=8)
+    )
     cancelled = data.draw(st.lists(st.sampled_from(range(len(prompts))), unique=True))
     r, alone = Router(block_size=2), Router(block_size=2)
     for each in (r, alone):

@@ -31,7 +31,7 @@ class DiscountingRouter(Router):
     def _pick(self, columns: Columns) -> tuple[int, NDArray[np.float64]]:
         request, table = columns.request, columns.table
         rest = request.keys, request.prompt_tokens, self._block_size, columns.rows, self._load.table
-        fill_columns(self._index.backend, self._in_flight.backend, *rest, table)
+        fill_columns(self._index.backend, self._in_flight.tree, *rest, table)
         coming = table[HIT].copy()
         fill_columns(self._index.backend, None, *rest, table)
         d, q = coming - table[HIT], table[QUEUED]
