@@ -197,8 +197,11 @@ class Lifecycle:
                 decision = route(prompt, request_id=request_id, now=now, **options)
             else:
                 decision = select(prompt, now=now, **options)
+                on_its_way = earlier.waiting and decision.instance == earlier.instance
                 self._apply("cancel", request_id, earlier)
                 self.counts.retried += 1
+                if on_its_way:  # it must not count on its own prefix, which is not coming any more
+                    decision = select(prompt, now=now, **{**options, "candidates": (earlier.instance,)})
                 self._router.dispatch(decision, request_id=request_id, now=now)
             life = _Life(decision.instance, decision.new_prefill_tokens, now)
             self._lives[request_id] = life

@@ -168,6 +168,11 @@ class LoadTable:
         self.table[_RUNNING, booking.row] += 1
         return booking
 
+    def add_prefill(self, booking: Booking, tokens: int) -> None:
+        """Raise the new prefill tokens of a request that waits."""
+        booking.new_prefill_tokens += tokens
+        self.table[_QUEUED, booking.row] += tokens
+
     def end(self, request_id: Hashable) -> Booking:
         """Take a request off the table, whatever its stage. Raises UnknownRequest."""
         booking = self.booking(request_id)

@@ -28,6 +28,7 @@ from mulsched.errors import (
     UnknownBlock,
 )
 from mulsched.failure import FailureDetector
+from mulsched.in_flight import PrefixesInFlight
 from mulsched.indicators import COLUMNS, Columns, fill_columns
 from mulsched.load import Booking, LoadTable, check_count, check_now
 from mulsched.policies import Policy, Ties
@@ -53,7 +54,7 @@ if BACKEND == "native":
 __all__ = ["InFlight", "Router"]
 
 InFlight = Literal["ignore", "cached"]
-"""How prefixes of requests without a first token count."""
+"""How prefixes of requests without a first token count: as not cached, or as cached."""
 
 PolicyLike = str | Policy | Callable[[Columns], Any]
 
@@ -87,8 +88,9 @@ class Router:
     ``policy``: a name (see ``mulsched.policies.names()``), a :class:`~mulsched.policies.Policy`, or any
     callable on :class:`~mulsched.indicators.Columns` that returns one float per candidate, lower is better.
     ``ties``: ``"least_recent"``, ``"random"`` (seeded by ``seed``) or ``"first"``; None takes the policy's.
-    ``in_flight``: whether prefixes of requests that wait for their first token count as cached
-    (``"cached"``) or not (``"ignore"``, as in the authors' router). ``key_seed`` seeds the block keys; one
+    ``in_flight``: whether prefixes of requests that wait for their first token count as cached where they
+    were sent (``"cached"``, which measured best, docs/lifecycle.md) or not (``"ignore"``, as in the authors'
+    router, and right for engines without a prefix cache). ``key_seed`` seeds the block keys; one
     that is kept secret keeps tenants from guessing what is cached. ``detector``: leaves instances out while a
     class of requests overloads the holders of its prefix; None takes the policy's, which has none as a rule.
 
@@ -106,7 +108,7 @@ class Router:
         policy: PolicyLike = "lmetric",
         ties: Ties | None = None,
         seed: int = 0,
-        in_flight: InFlight = "ignore",
+        in_flight: InFlight = "cached",
         key_seed: int = DEFAULT_SEED,
         detector: FailureDetector | None = None,
     ) -> None:
@@ -132,9 +134,7 @@ class Router:
             raise InvalidType(f"detector must be a FailureDetector or None, got {detector!r}")
         self._detector = detector if detector is not None else self._policy.detector
         self._index = PrefixIndex()
-        # rows of both indexes agree, since instances are added to and removed from both alike
-        self._in_flight = PrefixIndex() if in_flight == "cached" else None
-        self._coming: dict[int, list[Booking]] = {}  # by row, those whose prefix is in flight
+        self._in_flight = PrefixesInFlight() if in_flight == "cached" else None
         self._load = LoadTable()
         self._predicted: set[str] = set()
         self._last_report: dict[str, float] = {}
@@ -185,7 +185,7 @@ class Router:
             if cache_blocks is not None:
                 self._predicted.add(instance)
             if self._in_flight is not None:
-                self._in_flight.add_instance(instance)
+                self._in_flight.add_row(row)
             self._load.add_row(row)
             self._refresh_candidates()
 
@@ -202,8 +202,7 @@ class Router:
                     self._detector.end(request_id)
             self._index.remove_instance(instance)
             if self._in_flight is not None:
-                self._in_flight.remove_instance(instance)
-                self._coming.pop(row, None)
+                self._in_flight.remove_row(row)
             self._predicted.discard(instance)
             self._last_report.pop(instance, None)
             self._refresh_candidates()
@@ -403,7 +402,7 @@ class Router:
 
     def _pick(self, columns: Columns) -> tuple[int, NDArray[np.float64]]:
         index = self._index.backend
-        coming = None if self._in_flight is None else self._in_flight.backend
+        coming = None if self._in_flight is None else self._in_flight.tree
         request, load = columns.request, self._load.table
         if self._fused is not None:
             scores = np.empty(len(columns.instances))
@@ -445,8 +444,7 @@ class Router:
         self._load.dispatch(request_id, booking, decision=self._decision)
         self._decision += 1
         if self._in_flight is not None:
-            self._in_flight.store(decision.instance, request.keys)
-            self._coming.setdefault(row, []).append(booking)
+            self._in_flight.dispatch(booking)
         if self._detector is not None:  # last: if a callback raises, the request is booked
             self._detector.dispatch(decision.columns, request_id)
 
@@ -459,7 +457,7 @@ class Router:
         """
         with self._lock:
             booking = self._load.first_token(request_id)
-            self._forget_in_flight(booking)
+            self._arrive(booking)
             self._predict(booking)
 
     def finish(self, request_id: Hashable) -> None:
@@ -471,18 +469,20 @@ class Router:
         with self._lock:
             booking = self._end(request_id)
             if booking.waiting:
-                self._forget_in_flight(booking)
+                self._arrive(booking)
             self._predict(booking)
 
     def cancel(self, request_id: Hashable) -> None:
         """Take a request off at any stage. One that still waited leaves nothing cached.
 
+        Requests that wait there and counted on its prefix are booked for computing it, the earliest first.
         Raises UnknownRequest (never dispatched, or ended).
         """
         with self._lock:
             booking = self._end(request_id)
             if booking.waiting:
-                self._forget_in_flight(booking)
+                self._bequeath(booking)
+                self._arrive(booking)
             else:
                 self._predict(booking)
 
@@ -509,23 +509,16 @@ class Router:
         if instance in self._predicted:
             self._index.store(instance, booking.keys)
 
-    def _forget_in_flight(self, booking: Booking) -> None:
-        """Take a prefix out of flight, except what other requests that wait there share with it.
+    def _arrive(self, booking: Booking) -> None:
+        if self._in_flight is not None:
+            self._in_flight.arrive(booking)
 
-        O(blocks of the prompt + requests that wait there), unless they share ever more of it.
-        """
-        if self._in_flight is None:
-            return
-        keys = booking.keys
-        others = self._coming[booking.row] = [o for o in self._coming[booking.row] if o is not booking]
-        shared = 0
-        for other in others:
-            n = min(len(other.keys), len(keys))
-            if n <= shared or other.keys[shared] != keys[shared]:
-                continue  # it shares no more than is known already
-            differs = np.flatnonzero(other.keys[:n] != keys[:n])
-            shared = max(shared, int(differs[0]) if len(differs) else n)
-        self._in_flight.discard(self._in_flight.instance(booking.row), keys, start=shared)
+    def _bequeath(self, booking: Booking) -> None:
+        """Book what a cancelled request will not compute on those that counted on it."""
+        if self._in_flight is not None:
+            cached = int(self._index.match(booking.keys)[booking.row])
+            for heir, tokens in self._in_flight.heirs(booking, cached, self._block_size):
+                self._load.add_prefill(heir, tokens)
 
     # -- state from outside ------------------------------------------------------------------------
 

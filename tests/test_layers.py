@@ -21,6 +21,7 @@ LAYERS = [
     ["_prefix_index_py"],
     ["prefix_index"],
     ["load"],
+    ["in_flight"],
     ["_columns_py"],
     ["indicators"],
     ["scorers"],

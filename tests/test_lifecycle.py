@@ -110,6 +110,14 @@ def test_a_retry_goes_elsewhere_and_frees_the_first_attempt():
     assert lives.counts.retried == 1
 
 
+def test_a_retry_does_not_count_on_the_prefix_of_its_own_first_attempt():
+    lives = lifecycle("a")
+    lives.route(PROMPT, request_id="r", now=0.0)
+    decision = lives.route(PROMPT, request_id="r", now=1.0)
+    assert decision.hit_tokens == 0
+    assert load(lives, "a")["queued_prefill_tokens"] == len(PROMPT)
+
+
 def test_a_late_signal_of_an_earlier_attempt_is_told_apart_by_its_instance():
     lives = lifecycle("a", "b")
     first = lives.route(PROMPT, request_id="r", now=0.0).instance

@@ -425,29 +425,115 @@ def test_reported_load_counts_and_an_older_report_does_not():
 # -- in flight --------------------------------------------------------------------------------------------------
 
 
-def test_a_prefix_in_flight_counts_only_when_asked():
-    for in_flight, hit in (("ignore", 0), ("cached", 96)):
-        r = router("a", in_flight=in_flight)
+def test_a_prefix_in_flight_counts_as_cached_unless_it_is_to_be_ignored():
+    for options, hit in (({}, 96), ({"in_flight": "cached"}, 96), ({"in_flight": "ignore"}, 0)):
+        r = router("a", **options)
         r.route(PROMPT, request_id=1)
         assert r.select(PROMPT).hit_tokens == hit
 
 
+def test_a_prefix_is_queued_once_for_all_that_wait_for_it():
+    r = router("a")
+    r.route(PROMPT, request_id=1)
+    r.route(PROMPT, request_id=2)
+    assert r.load("a")["queued_prefill_tokens"] == 100 + 4
+
+
 @pytest.mark.parametrize("end", ["first_token", "cancel", "finish"])
 def test_what_was_in_flight_is_not_any_more(end):
-    r = router("a", cache_blocks=None, in_flight="cached")
+    r = router("a", cache_blocks=None)
     r.route(PROMPT, request_id=1)
     getattr(r, end)(1)
     assert r.select(PROMPT).hit_tokens == 0
 
 
 def test_a_prefix_that_another_request_still_brings_stays_in_flight():
-    r = router("a", cache_blocks=None, in_flight="cached")
+    r = router("a", cache_blocks=None)
     r.route(PROMPT, request_id=1)
     r.route([*PROMPT[:40], 5, 5, 5, 5], request_id=2)
     r.cancel(1)
     assert r.select(PROMPT).hit_tokens == 40
     r.cancel(2)
     assert r.select(PROMPT).hit_tokens == 0
+
+
+def test_the_first_token_of_one_leaves_the_prefix_of_the_others_in_flight():
+    r = router("a", cache_blocks=None)
+    for request_id in range(3):
+        r.route(PROMPT, request_id=request_id)
+    for done, queued in ((1, 104), (0, 4)):
+        r.first_token(done)
+        assert r.select(PROMPT).hit_tokens == 96
+        assert r.load("a")["queued_prefill_tokens"] == queued
+
+
+def test_a_removed_instance_has_nothing_in_flight_when_it_comes_back():
+    r = router("a")
+    r.route(PROMPT, request_id=1)
+    r.remove_instance("a")
+    r.add_instance("a", cache_blocks=100)
+    assert r.select(PROMPT).hit_tokens == 0
+    r.route(PROMPT, request_id=1)
+    assert r.load("a")["queued_prefill_tokens"] == 100
+
+
+def test_what_is_in_flight_stays_when_events_replace_the_predictions():
+    r = router("a")
+    r.route(PROMPT, request_id=1)
+    r.apply(CacheCleared("a"))
+    assert r.select(PROMPT).hit_tokens == 96
+    r.first_token(1)
+    assert r.select(PROMPT).hit_tokens == 0  # until an event tells
+
+
+def test_who_counted_on_a_cancelled_prefix_is_booked_for_it():
+    r = router("a")
+    r.route(PROMPT, request_id=1)
+    r.route([*PROMPT[:40], 5, 5, 5, 5], request_id=2)
+    r.route(PROMPT, request_id=3)
+    r.cancel(1)
+    assert r.load("a")["queued_prefill_tokens"] == 44 + 60
+    r.first_token(2)
+    assert r.load("a")["queued_prefill_tokens"] == 60
+
+
+def test_nobody_is_booked_for_what_a_cancelled_request_left_cached():
+    r = router("a", cache_blocks=None)
+    r.route(PROMPT, request_id=1)
+    r.apply(stored(tokens=PROMPT[:80]))
+    r.route(PROMPT, request_id=2)
+    r.cancel(1)
+    assert r.load("a")["queued_prefill_tokens"] == 100 - 80
+
+
+def test_expired_requests_leave_their_prefill_to_who_counted_on_it():
+    r = router("a")
+    r.route(PROMPT, request_id=1, now=0.0)
+    r.route(PROMPT, request_id=2, now=9.0)
+    assert r.expire(now=11.0, older_than_s=10.0) == [1]
+    assert r.load("a")["queued_prefill_tokens"] == 100
+
+
+@given(st.data())
+def test_after_cancellations_the_rest_is_booked_as_if_it_had_come_alone(data):
+    prompts = data.draw(
+        st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=10), min_size=1, max_size=8)
+    )
+    cancelled = data.draw(st.lists(st.sampled_from(range(len(prompts))), unique=True))
+    r, alone = Router(block_size=2), Router(block_size=2)
+    for each in (r, alone):
+        each.add_instance("a")
+    for i, prompt in enumerate(prompts):
+        r.route(prompt, request_id=i)
+    for i in cancelled:
+        r.cancel(i)
+    rest = sorted(set(range(len(prompts))) - set(cancelled))
+    for i in rest:
+        alone.route(prompts[i], request_id=i)
+    for i in reversed(rest):
+        assert r.load("a") | {"last_chosen": 0} == alone.load("a") | {"last_chosen": 0}
+        r.first_token(i)
+        alone.first_token(i)
 
 
 # -- engine events ------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def follow(
     follow from the report, and change where first tokens come.
     """
     policy = policies.get("dynamo", overlap_weight=prefill_load_scale)
-    router = Router(block_size=block_size, policy=policy)
+    router = Router(block_size=block_size, policy=policy, in_flight="ignore")  # as Dynamo's
     rules = [DynamoRule(block_size, prefill_load_scale, assume_kv_reuse) for _ in range(instances)]
     for worker in range(instances):
         router.add_instance(str(worker), cache_blocks=int(trace.prompt_tokens.sum()) // block_size + 1)

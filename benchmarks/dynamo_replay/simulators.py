@@ -155,7 +155,7 @@ def run_mulsched(
         kv_blocks=setup.kv_blocks,
     )
     clock = Clock()
-    result = replay(trace, policy, profile=profile, instances=setup.instances, seed=seed)
+    result = replay(trace, policy, profile=profile, instances=setup.instances, seed=seed, in_flight="ignore")
     call_s, cpu_s = clock.read()
     first = trace.arrival_s[0]
     return Outcome(

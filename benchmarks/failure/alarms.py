@@ -36,6 +36,7 @@ def main() -> None:
                 instances=INSTANCES,
                 kv_blocks=case.kv_blocks,
                 loop=case.loop,
+                in_flight="cached",
             )
             raised = policy.detector.alarms_raised
             cells.append(f"{raised} ({10_000 * raised / len(trace):.1f})")

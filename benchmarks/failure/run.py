@@ -154,6 +154,7 @@ def _run(case: Case, left: Sequence[Run], body: dict[str, Any], data: Path) -> N
                 instances=INSTANCES,
                 kv_blocks=case.kv_blocks,
                 loop=case.loop,
+                in_flight="cached",
                 seed=run.tie_seed,
                 ties=run.ties,
                 state_delay_s=run.state_delay_s,

@@ -45,7 +45,7 @@ FIGURES = ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s", "hit_ratio"
 def router_of(view: str, rate: float, options: dict[str, Any]) -> Any:
     """Return the router with a view's name; ``rate``: prefill tokens per second of the engines."""
     if view in ("told", "noise"):
-        return Router(**options)
+        return Router(in_flight="ignore", **options)
     if view == "in flight cached":
         return Router(in_flight="cached", **options)
     if view == "in flight discounted":

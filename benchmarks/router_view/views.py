@@ -31,7 +31,7 @@ class DiscountingRouter(Router):
     def _pick(self, columns: Columns) -> tuple[int, NDArray[np.float64]]:
         request, table = columns.request, columns.table
         rest = request.keys, request.prompt_tokens, self._block_size, columns.rows, self._load.table
-        fill_columns(self._index.backend, self._in_flight.backend, *rest, table)
+        fill_columns(self._index.backend, self._in_flight.tree, *rest, table)
         coming = table[HIT].copy()
         fill_columns(self._index.backend, None, *rest, table)
         d, q = coming - table[HIT], table[QUEUED]
@@ -46,7 +46,7 @@ class SilentRouter:
     """Hears no first token: releases the queue by an estimate, or with ``rate`` None at the end only."""
 
     def __init__(self, rate: float | None, **options: Any) -> None:
-        self.router = Router(**options)
+        self.router = Router(in_flight="ignore", **options)
         self.lives = Lifecycle(self.router, prefill_tokens_per_s=rate, expire_after_s=1e9)
         self.now = 0.0
         self.add_instance, self.apply = self.router.add_instance, self.router.apply

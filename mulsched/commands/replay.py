@@ -96,8 +96,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--in-flight",
         choices=get_args(InFlight),
-        default="ignore",
-        help="whether prefixes count as cached from their dispatch on",
+        default="cached",
+        help="whether prefixes count as cached from their dispatch on, or only once they are prefilled",
     )
     parser.add_argument(
         "--prefill-instances",

@@ -158,7 +158,7 @@ def replay(
     loop: Loop = "open",
     state_delay_s: float = 0.0,
     event_loss_ratio: float = 0.0,
-    in_flight: InFlight = "ignore",
+    in_flight: InFlight = "cached",
     disaggregation: Disaggregation | None = None,
     seed: int = 0,
     ties: Ties | None = None,
