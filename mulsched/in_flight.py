@@ -69,7 +69,8 @@ class PrefixesInFlight:
             if shared == len(keys):
                 return
             if len(other.keys) > shared and other.keys[shared] == keys[shared]:
-                shared = _common_blocks(other.keys, keys)  # else it shares no more than is known already
+                # keys are not chained: one may be equal further on, after a difference
+                shared = max(shared, _common_blocks(other.keys, keys))
         self.tree.discard(booking.row, keys, shared)
 
     def heirs(self, booking: Booking, cached_blocks: int, block_size: int) -> Iterator[tuple[Booking, int]]:

@@ -457,6 +457,15 @@ def test_a_prefix_that_another_request_still_brings_stays_in_flight():
     assert r.select(PROMPT).hit_tokens == 0
 
 
+def test_an_equal_block_after_a_difference_takes_nothing_of_the_others_out_of_flight():
+    r = router("a", cache_blocks=None)
+    r.route(PROMPT[:80], request_id="goes")
+    r.route([*PROMPT[:48], *[5] * 32], request_id="shares 48 tokens")
+    r.route([*PROMPT[:16], *[6] * 32, *PROMPT[48:]], request_id="shares 16, and is equal again from 48 on")
+    r.first_token("goes")
+    assert r.select(PROMPT).hit_tokens == 48
+
+
 def test_the_first_token_of_one_leaves_the_prefix_of_the_others_in_flight():
     r = router("a", cache_blocks=None)
     for request_id in range(3):
