@@ -35,6 +35,7 @@ except ImportError as error:
 __all__ = ["LMetricWorkers"]
 
 Worker = tuple[int, int]  # id, data-parallel rank
+Send = Callable[[int, int], Awaitable[AsyncIterator[Any]]]  # to a worker
 
 
 class LMetricWorkers:
@@ -109,7 +110,8 @@ class LMetricWorkers:
     def generate(self, token_ids: Sequence[int], model: str, **options: Any) -> AsyncIterator[Any]:
         """Yield what ``KvRouter.generate`` does, from the worker that was chosen; ``options`` are passed on.
 
-        Raises NoEligibleInstance, InvalidTokens, and what Dynamo raises.
+        A worker that Dynamo cannot send to is passed over; one that breaks off is not, since the request may
+        be why. Raises NoEligibleInstance, InvalidTokens, and what Dynamo raises.
         """
         tokens = list(token_ids)
         send = functools.partial(self._kv_router.generate, tokens, model, **options)
@@ -128,27 +130,37 @@ class LMetricWorkers:
 
         return self._generate(list(request["token_ids"]), routing.get("lora_name"), send)
 
-    async def _generate(
-        self, tokens: list[int], lora: str | None, send: Callable[[int, int], Awaitable[AsyncIterator[Any]]]
-    ) -> AsyncIterator[Any]:
-        candidates = self._take_loads(await self._kv_router.get_potential_loads(tokens))
+    async def _generate(self, tokens: list[int], lora: str | None, send: Send) -> AsyncIterator[Any]:
+        candidates = self._take_loads(await self._kv_router.get_potential_loads(tokens, lora_name=lora))
         request_id = uuid.uuid4().hex
-        name = self.lifecycle.route(
-            tokens,
-            request_id=request_id,
-            now=self._clock(),
-            candidates=candidates,
-            namespace=None if lora is None else Namespace(lora=lora),
-        ).instance
+        outputs = await self._send(tokens, lora, send, request_id, candidates)
         signal = self.lifecycle.cancel
         try:
-            async for output in await send(*self._workers[name]):
+            async for output in outputs:
                 if signal is not self.lifecycle.finish:
                     self.lifecycle.first_token(request_id, now=self._clock())
                     signal = self.lifecycle.finish
                 yield output
         finally:
             signal(request_id, now=self._clock())
+
+    async def _send(
+        self, tokens: list[int], lora: str | None, send: Send, request_id: str, candidates: list[str]
+    ) -> AsyncIterator[Any]:
+        """Send to the best candidate that can be reached: Dynamo lists a dead worker until its lease ends."""
+        namespace = None if lora is None else Namespace(lora=lora)
+        while True:
+            name = self.lifecycle.route(
+                tokens, request_id=request_id, now=self._clock(), candidates=candidates, namespace=namespace
+            ).instance
+            try:
+                return await send(*self._workers[name])
+            except BaseException as error:
+                candidates = [each for each in candidates if each != name and each in self._workers]
+                if not candidates or not isinstance(error, Exception):
+                    self.lifecycle.cancel(request_id, now=self._clock())
+                    raise
+                self.counts["unreachable_workers"] += 1
 
     def _add(self, worker_id: int, rank: int) -> str:
         name = f"{worker_id}/{rank}"

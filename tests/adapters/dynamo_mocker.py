@@ -28,6 +28,32 @@ TOKENIZER = {
     "pre_tokenizer": {"type": "Whitespace"},
     "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"},
 }
+ANOTHER = f"""
+import asyncio, sys
+from dynamo.llm import KvRouter, KvRouterConfig
+from dynamo.runtime import DistributedRuntime
+
+async def main():
+    runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp", event_plane="zmq")
+    endpoint = runtime.endpoint("{ENDPOINT}")
+    client = await endpoint.client()
+    await client.wait_for_instances()
+    router = KvRouter(endpoint, {BLOCK_SIZE}, KvRouterConfig(router_replica_sync=True))
+    over = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+    async def keep_busy(delay_s):
+        await asyncio.sleep(delay_s)
+        stop = {{"max_tokens": 500, "ignore_eos": True}}
+        while not over.done():  # a request that started before another router listened is not known there
+            async for _ in await router.generate([3] * 40, "m", worker_id=int(sys.argv[1]), stop_conditions=stop):
+                if over.done():
+                    break
+
+    await asyncio.gather(keep_busy(0), keep_busy(1))
+    await asyncio.sleep(0.5)  # it tells the others of the end
+
+asyncio.run(main())
+"""
 
 
 def write_model(directory):
@@ -95,6 +121,20 @@ class Workers:
 
     def logs(self):
         return "\n".join(path.read_text()[-2000:] for path in sorted(self.directory.glob("worker-*.log")))
+
+
+@contextlib.contextmanager
+def another_frontend(worker_id):
+    """Run a process whose own router has a request or two on a worker, always."""
+    process = subprocess.Popen([sys.executable, "-c", ANOTHER, str(worker_id)], stdin=subprocess.PIPE)
+    try:
+        yield
+        process.communicate(
+            timeout=60
+        )  # what a router has sent counts with the others until it says otherwise
+    finally:
+        process.kill()
+        process.wait()
 
 
 async def until(condition, seconds, what):

@@ -8,9 +8,9 @@ import random
 from collections import Counter
 
 import pytest
-from dynamo_mocker import BLOCK_SIZE, ENDPOINT, Workers, until
+from dynamo_mocker import BLOCK_SIZE, ENDPOINT, Workers, another_frontend, until
 
-from mulsched import block_keys
+from mulsched import Namespace, block_keys
 from mulsched.adapters.dynamo import LMetricWorkers
 
 pytestmark = pytest.mark.dynamo_mocker
@@ -112,6 +112,7 @@ def fleet(runner, tmp_path_factory):
         fleet = Fleet(workers)
         runner.run(fleet.start())
         yield fleet
+        fleet.events.cancel()
         fleet.runtime.shutdown()
 
 
@@ -142,3 +143,117 @@ def test_our_index_comes_to_hold_what_dynamos_does(fleet, served, runner):
 def test_evictions_reach_our_index(fleet, served, runner):
     runner.run(fleet.settled())
     assert fleet.ours.counts["blocks_removed"] > 0
+
+
+def test_events_alone_kept_our_index(fleet, served):
+    assert fleet.ours.counts["index_loads"] == 1  # the empty one, before the first request
+
+
+def test_an_index_taken_over_whole_is_the_one_kept_by_events(fleet, served, runner):
+    async def late():
+        await fleet.settled()
+        workers = LMetricWorkers(fleet.kv_router, block_size=BLOCK_SIZE)
+        await workers.load_index()
+        return workers.lifecycle.router.index
+
+    index = runner.run(late())
+    for prompt in prompts():
+        keys = block_keys(prompt, BLOCK_SIZE)
+        assert {k: n for k, n in index.match_by_instance(keys).items() if n} == {
+            f"{worker}/0": n for worker, n in fleet.matches(prompt).items() if n
+        }
+
+
+def test_tokens_to_prefill_are_those_that_dynamo_says(fleet, served, runner):
+    async def told(prompt):
+        loads = await fleet.kv_router.get_potential_loads(prompt)
+        return {load["worker_id"]: load["potential_prefill_tokens"] for load in loads}
+
+    runner.run(fleet.settled())
+    for prompt in prompts():
+        ours = {w: len(prompt) - n * BLOCK_SIZE for w, n in fleet.matches(prompt).items()}
+        assert runner.run(told(prompt)) == ours
+
+
+def test_the_engine_finds_cached_what_we_believed(fleet, served, runner):
+    async def ask():
+        believed = []
+        for prompt in prompts(seed=1, count=12) + prompts()[-6:]:
+            before = fleet.matches(prompt)
+            worker, cached = await fleet.ask(prompt)
+            believed.append((before[worker] * BLOCK_SIZE, cached))
+            await fleet.settled()
+        return believed
+
+    believed = runner.run(ask())
+    assert [expected for expected, _ in believed] == [cached for _, cached in believed]
+    assert any(cached for _, cached in believed)
+
+
+def test_a_worker_busy_for_another_frontend_is_not_chosen(fleet, runner):
+    busy = fleet.client.instance_ids()[0]
+
+    async def ask():
+        async def told():
+            loads = await fleet.kv_router.get_potential_loads([2])
+            return {load["worker_id"]: load["active_requests"] for load in loads}[busy]
+
+        await until(told, WAIT_S, lambda: "the other frontend's request")
+        return [(await fleet.ask([7 + turn] * 40, 2))[0] for turn in range(4)]
+
+    with another_frontend(busy):
+        assert busy not in runner.run(ask())
+
+
+def test_blocks_of_a_lora_adapter_are_found_under_its_name_alone(fleet, served, runner):
+    tokens = list(range(500, 500 + 4 * BLOCK_SIZE))
+
+    async def publish():
+        from dynamo.llm import KvEventPublisher
+
+        publisher = KvEventPublisher(fleet.runtime.endpoint(ENDPOINT), 999, BLOCK_SIZE, 0)
+        workers = LMetricWorkers(fleet.kv_router, block_size=BLOCK_SIZE)
+        await until(has_channel, WAIT_S, lambda: "the channel")
+        events = asyncio.create_task(workers.follow(fleet.workers.channels()[999]))
+
+        async def heard():  # what is published before the socket is connected is not
+            publisher.publish_stored(tokens, [BLOCK_SIZE] * 4, [1, 2, 3, 4], lora_name="adapter")
+            return "999/0" in workers.lifecycle.router.instances
+
+        await until(heard, WAIT_S, lambda: "the event")
+        events.cancel()
+        publisher.shutdown()
+        return workers.lifecycle.router.index
+
+    async def has_channel():
+        return 999 in fleet.workers.channels()
+
+    index = runner.run(publish())
+    adapter = block_keys(tokens, BLOCK_SIZE, namespace=Namespace(lora="adapter"))
+    assert index.match_by_instance(adapter)["999/0"] == 4
+    assert index.match_by_instance(block_keys(tokens, BLOCK_SIZE))["999/0"] == 0
+
+
+def test_while_a_killed_worker_is_listed_its_requests_go_elsewhere(fleet, served, runner):
+    async def ask():
+        fleet.workers.kill(0)
+        answers = [await fleet.ask([50 + turn] * 40, 2) for turn in range(12)]
+        listed = await fleet.kv_router.get_potential_loads([2])
+        return {worker for worker, _ in answers}, len(listed)
+
+    workers, listed = runner.run(ask())
+    assert (len(workers), listed) == (COUNT - 1, COUNT)
+    assert fleet.ours.counts["unreachable_workers"] > 0
+    assert len(fleet.ours.lifecycle) == 0
+
+
+def test_a_killed_worker_is_forgotten_when_its_lease_ends(fleet, served, runner):
+    async def one_less():
+        return len(await fleet.kv_router.get_potential_loads([2])) == COUNT - 1
+
+    async def ask():
+        await until(one_less, WAIT_S, fleet.workers.logs)
+        await fleet.ask([5] * 40, 2)
+
+    runner.run(ask())
+    assert len(fleet.ours.lifecycle.router.instances) == COUNT - 1
