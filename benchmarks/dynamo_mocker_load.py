@@ -1,7 +1,7 @@
 """Dynamo's own choice of workers beside ours: the same load, in real time, on workers of ``dynamo.mocker``.
 
-PYTHONPATH=tests/adapters python benchmarks/dynamo_mocker_load.py, with the packages that docs/adapters.md names.
-Each run has fresh workers; runs of the two take turns. Prints a table.
+PYTHONPATH=tests/adapters python benchmarks/dynamo_mocker_load.py, with docs/adapters.md's packages. Each run
+has fresh workers; runs of the two take turns. Prints a table.
 """
 
 import argparse

@@ -11,6 +11,7 @@ Needs no import of Dynamo, only its ``dynamo.llm.KvRouter`` object, so any versi
 do; written for ai-dynamo-runtime 1.6.1, and run with workers of its ``dynamo.mocker``.
 """
 
+import asyncio
 import functools
 import json
 import time
@@ -37,6 +38,8 @@ __all__ = ["LMetricWorkers"]
 Worker = tuple[int, int]  # id, data-parallel rank
 Send = Callable[[int, int], Awaitable[AsyncIterator[Any]]]  # to a worker
 
+_QUEUE_MESSAGES = 10_000  # before ZeroMQ drops some, which shows as a gap; arbitrary
+
 
 class LMetricWorkers:
     """Chooses the worker of each request, books it in the same step, and has Dynamo send it there.
@@ -59,17 +62,19 @@ class LMetricWorkers:
         self._block_size = block_size
         self._clock = clock
         self._workers: dict[str, Worker] = {}
+        self._loading = asyncio.Lock()  # meanwhile nothing newer than Dynamo's dump may be applied
         self.lifecycle = Lifecycle(Router(block_size=block_size, policy=policy, seed=seed))
         self.counts: Counter[str] = Counter()
 
     async def load_index(self) -> None:
         """Take over what Dynamo's index holds now, in place of what is known. O(blocks), of all workers."""
-        events = json.loads(await self._kv_router.dump_events())
-        self.counts["index_loads"] += 1
-        for name in self._workers:
-            self.lifecycle.router.apply(CacheCleared(name))
-        for event in events:
-            self.apply(json.dumps(event).encode(), event["worker_id"])
+        async with self._loading:
+            events = json.loads(await self._kv_router.dump_events())
+            self.counts["index_loads"] += 1
+            for name in self._workers:
+                self.lifecycle.router.apply(CacheCleared(name))
+            for event in events:
+                self.apply(json.dumps(event).encode(), event["worker_id"])
 
     def apply(self, event: bytes, worker_id: int) -> None:
         """Apply one event of a worker, in JSON, with or without its envelope. Raises InvalidEvents."""
@@ -87,18 +92,23 @@ class LMetricWorkers:
         """
         expected: dict[bytes, int] = {}
         with zmq.asyncio.Context.instance().socket(zmq.SUB) as socket:
-            socket.setsockopt(zmq.RCVHWM, 0)
+            socket.setsockopt(zmq.RCVHWM, _QUEUE_MESSAGES)
             socket.subscribe("kv-events")
             for endpoint in endpoints:
                 socket.connect(endpoint)
             await self.load_index()
             while True:
-                _, publisher, number, message = await socket.recv_multipart()
+                frames = await socket.recv_multipart()
+                if len(frames) != 4:
+                    self.counts["unreadable_messages"] += 1  # what it said is missed as a gap
+                    continue
+                _, publisher, number, message = frames
                 sequence = int.from_bytes(number, "big")
                 if sequence != expected.get(publisher, 0):
                     await self.load_index()
                 expected[publisher] = sequence + 1
-                self._apply_message(message)
+                async with self._loading:
+                    self._apply_message(message)
 
     def _apply_message(self, message: bytes) -> None:
         try:

@@ -249,6 +249,14 @@ def test_messages_that_cannot_be_read_are_counted(bad):
     assert matched(workers, range(40))["11/0"] == 10
 
 
+def test_a_message_of_another_shape_is_counted():
+    workers = asyncio.run(
+        followed(KvRouter(), [[b"kv-events", b"?"], frames(1, 0, message(stored(11, range(40))))])
+    )
+    assert workers.counts["unreadable_messages"] == 1
+    assert matched(workers, range(40))["11/0"] == 10
+
+
 def test_a_worker_that_is_gone_is_forgotten():
     router = KvRouter()
     workers = LMetricWorkers(router, block_size=BLOCK)
