@@ -3,7 +3,7 @@
 from mulsched.events.apply import apply_batch
 from mulsched.events.batch import EventBatch, KvEvent, content_key
 from mulsched.events.discovery import KvEventSource, discover_kv_events
-from mulsched.events.dynamo import decode_dynamo
+from mulsched.events.dynamo import decode_dynamo, decode_dynamo_message
 from mulsched.events.load_poller import LoadPoller
 from mulsched.events.prometheus_text import EngineLoad, read_engine_load
 from mulsched.events.sequence import SequenceTracker
@@ -23,6 +23,7 @@ __all__ = [
     "apply_batch",
     "content_key",
     "decode_dynamo",
+    "decode_dynamo_message",
     "decode_sglang",
     "decode_tensorrt_llm",
     "decode_vllm",

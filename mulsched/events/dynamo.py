@@ -1,5 +1,6 @@
-"""Router events of Dynamo, in JSON: what its workers tell its router, and what its indexer dumps."""
+"""Router events of Dynamo: in JSON as its indexer dumps them, in msgpack as its workers publish them."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ try:
 except ImportError as error:
     raise MissingExtra("KV events need msgspec: pip install 'mulsched[events]'") from error
 
-__all__ = ["decode_dynamo"]
+__all__ = ["decode_dynamo", "decode_dynamo_message"]
 
 _UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
@@ -42,10 +43,20 @@ class _KvCacheEvent(msgspec.Struct, gc=False):
 class _RouterEvent(msgspec.Struct, gc=False):
     event: _KvCacheEvent
     storage_tier: str | None = None
+    worker_id: int = 0
 
+
+class _Envelope(msgspec.Struct, gc=False):
+    payload: bytes
+
+
+_HEADER = 5  # of a message: the version, 1, and the length of what follows, four bytes
+_VERSION = b"\x01"
 
 _decode = msgspec.json.Decoder(_KvCacheEvent).decode
 _decode_router_event = msgspec.json.Decoder(_RouterEvent).decode
+_decode_envelope = msgspec.msgpack.Decoder(_Envelope).decode
+_decode_router_events = msgspec.msgpack.Decoder(list[_RouterEvent]).decode
 
 
 def decode_dynamo(payload: bytes, instance: str, *, block_size: int) -> EventBatch:
@@ -63,6 +74,29 @@ def decode_dynamo(payload: bytes, instance: str, *, block_size: int) -> EventBat
             event, tier = _decode(payload), None
         except _UNREADABLE as error:
             raise InvalidEvents(f"not an event of Dynamo's router: {error}") from None
+    return _batch(event, tier, instance, block_size)
+
+
+def decode_dynamo_message(
+    message: bytes, *, block_size: int, instance: Callable[[int, int], str]
+) -> Iterator[EventBatch]:
+    """Yield the events of a message of Dynamo's event plane: the last frame under the topic ``kv-events``.
+
+    ``instance``: the name of a worker's id and data-parallel rank. Otherwise as :func:`decode_dynamo`.
+    Raises InvalidEvents before the first is yielded.
+    """
+    if message[:1] != _VERSION or int.from_bytes(message[1:_HEADER], "big") != len(message) - _HEADER:
+        raise InvalidEvents(f"not a message of Dynamo's event plane, version 1: begins with {message[:5]!r}")
+    try:
+        told = _decode_router_events(_decode_envelope(message[_HEADER:]).payload)
+    except _UNREADABLE as error:
+        raise InvalidEvents(f"not a message of Dynamo's event plane: {error}") from None
+    for each in told:
+        name = instance(each.worker_id, each.event.dp_rank or 0)
+        yield _batch(each.event, each.storage_tier, name, block_size)
+
+
+def _batch(event: _KvCacheEvent, tier: str | None, instance: str, block_size: int) -> EventBatch:
     events: list[KvEvent] = []
     unknown, malformed, medium = 0, 0, medium_name(tier)
     match event.data:
