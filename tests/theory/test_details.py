@@ -141,9 +141,14 @@ def test_a_booked_burst_spreads_evenly_under_any_tie_rule(ties):
 
 def test_where_scores_ignore_bookings_the_first_row_gets_the_whole_burst():
     for requests, instances in SIZES:
-        blind = {"policy": "most_hits"}
+        blind = {"policy": "most_hits", "shared": False}  # a prefix in flight would be a hit
         assert spread(requests, instances, ties="first", **blind) == requests
         assert spread(requests, instances, ties="least_recent", **blind) == -(-requests // instances)
+
+
+def test_a_score_of_hits_alone_follows_a_prefix_in_flight_under_any_tie_rule():
+    for ties in ("first", "least_recent", "random"):
+        assert spread(8, 4, ties=ties, policy="most_hits") == 8
 
 
 def test_on_an_idle_fleet_the_first_row_gets_every_cold_request_one_after_another():
