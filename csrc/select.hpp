@@ -23,6 +23,7 @@ enum Column : std::size_t {
   kContextTokens,
   kCachedBlocks,
   kLastChosen,
+  kLowerTierTokens,
   kColumns,
 };
 
@@ -71,6 +72,7 @@ void fill_columns(const Index& index, const PrefixIndex* in_flight, const Key* k
     out[kContextTokens * n + i] = load.column(kLoadContext)[row];
     out[kCachedBlocks * n + i] = blocks[row];
     out[kLastChosen * n + i] = load.column(kLoadLastChosen)[row];
+    out[kLowerTierTokens * n + i] = 0;  // mulsched.lower_tiers counts them, where there are tiers
   }
 }
 

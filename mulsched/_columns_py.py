@@ -43,3 +43,4 @@ def fill_columns(
     out[8] = context
     out[9] = [index.blocks(row) for row in rows.tolist()]
     out[10] = last_chosen
+    out[11] = 0

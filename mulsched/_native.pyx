@@ -69,9 +69,13 @@ cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
         int64_t store(uint32_t, const uint64_t*, size_t) except +
         int64_t store_named(
             uint32_t, cbool, uint64_t, const uint64_t*, const uint64_t*, size_t, cbool) except +
+        int64_t store_named_after(
+            uint32_t, const uint64_t*, size_t, const uint64_t*, const uint64_t*, size_t, cbool) except +
+        vector[uint64_t] path(uint32_t, uint64_t) except +
         int64_t remove_named(uint32_t, const uint64_t*, size_t) except +
         int64_t discard(uint32_t, const uint64_t*, size_t, size_t) except +
         void match(const uint64_t*, size_t, int64_t*, size_t) noexcept
+        void match_from(const uint64_t*, size_t, int64_t*, size_t) noexcept
         int64_t blocks(uint32_t) except +
         int64_t unique_blocks() except +
         size_t nodes() except +
@@ -431,6 +435,25 @@ cdef class PrefixIndex:
                 row, has_parent, parent_hash, copied.data() + n, copied.data(), n, counts_copies)
         return newly
 
+    def store_named_after(self, uint32_t row, path, hashes, keys, cbool counts_copies=True):
+        """Append blocks after a path of which the row need not hold anything; return blocks newly held."""
+        cdef Words above = words_of(path), blocks = words_of(keys), named = words_of(hashes)
+        if named.length() != blocks.length():
+            raise ValueError(f"{blocks.length()} keys need as many hashes, got {named.length()}")
+        return self.index.get().store_named_after(
+            row, <const uint64_t*> above.view.buf, above.length(), <const uint64_t*> named.view.buf,
+            <const uint64_t*> blocks.view.buf, blocks.length(), counts_copies)
+
+    def path(self, uint32_t row, uint64_t name):
+        """Return the keys up to the block that the row knows by this name; None if it knows none."""
+        cdef vector[uint64_t] keys = self.index.get().path(row, name)
+        if keys.empty():
+            return None
+        out = new_array(keys.size(), uint64_dtype)
+        cdef Words words = words_of(out, PyBUF_WRITABLE)
+        memcpy(words.view.buf, keys.data(), keys.size() * sizeof(uint64_t))
+        return out
+
     def remove_named(self, uint32_t row, hashes):
         """Take a copy of each name, and with its last copy the name; return how many were known."""
         cdef Words named = words_of(hashes)
@@ -458,6 +481,12 @@ cdef class PrefixIndex:
         cdef Words path = words_of(keys), matched = words_of(out, PyBUF_WRITABLE)
         self.index.get().match(<const uint64_t*> path.view.buf, path.length(),
                                <int64_t*> matched.view.buf, matched.length())
+
+    def match_from(self, keys, out):
+        """Move each row's entry on over the blocks of keys that it holds from there."""
+        cdef Words path = words_of(keys), reached = words_of(out, PyBUF_WRITABLE)
+        self.index.get().match_from(<const uint64_t*> path.view.buf, path.length(),
+                                    <int64_t*> reached.view.buf, reached.length())
 
     def blocks(self, uint32_t row):
         """Return how many blocks the row holds."""
