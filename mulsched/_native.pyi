@@ -62,6 +62,21 @@ def fill_columns(
     load: NDArray[np.int64],
     out: NDArray[np.int64],
 ) -> None: ...
+def charge_tiers(
+    tiers: Sequence[tuple[Backend, float]],
+    keys: Keys,
+    prompt_tokens: int,
+    block_size: int,
+    rows: NDArray[np.int64],
+    out: NDArray[np.int64],
+) -> None: ...
+def pick(
+    rows: NDArray[np.int64],
+    out: NDArray[np.int64],
+    scores: NDArray[np.float64],
+    score: FusedScore,
+    decision: int,
+) -> int: ...
 def select(
     index: Backend,
     in_flight: Backend | None,

@@ -99,6 +99,13 @@ cdef extern from "select.hpp" namespace "mulsched" nogil:
     void c_fill_columns "mulsched::fill_columns"(
         const CPrefixIndex&, const CPrefixIndex*, const uint64_t*, size_t, int64_t, int64_t,
         const int64_t*, size_t, const CLoadView&, int64_t*) except +
+    cdef cppclass CTier "mulsched::Tier":
+        const CPrefixIndex* index
+        double cost_ratio
+
+    void c_charge_tiers "mulsched::charge_tiers"(
+        const vector[CTier]&, const uint64_t*, size_t, int64_t, int64_t, const int64_t*, size_t,
+        int64_t*) except +
     enum class Ties "mulsched::Ties":
         kLeastRecent, kRandom, kFirst
 
@@ -569,9 +576,7 @@ cdef int64_t* fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_
     cdef size_t i
     if table.length() != kLoadColumns:
         raise ValueError(f"a load table of {kLoadColumns} columns expected, got {table.length()}")
-    if (out.length() != kColumns or rows.length() < 1
-            or <size_t> out.view.shape[1] != rows.length()):
-        raise ValueError("a table of shape (columns, candidates) expected")
+    check_table(rows, out)
     for i in range(rows.length()):
         if not 0 <= candidates[i] < table.view.shape[1]:
             raise ValueError(f"row {candidates[i]} lies outside the load table")
@@ -591,6 +596,47 @@ def fill_columns(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_
     """Fill ``out``, shape (columns, candidates), for the candidate rows; see ``mulsched.indicators``."""
     fill(index, in_flight, keys, prompt_tokens, block_size, words_of(rows), load,
          words_of(out, PyBUF_WRITABLE, 2))
+
+
+cdef int check_table(Words rows, Words out) except -1:
+    if (out.length() != kColumns or rows.length() < 1
+            or <size_t> out.view.shape[1] != rows.length()):
+        raise ValueError("a table of shape (columns, candidates) expected")
+    return 0
+
+
+def charge_tiers(tiers, keys, int64_t prompt_tokens, int64_t block_size, rows, out):
+    """Count in filled ``out`` what ``tiers``, pairs of index and cost ratio, hold; see ``mulsched.lower_tiers``."""
+    cdef Words path = words_of(keys), candidates = words_of(rows), table = words_of(out, PyBUF_WRITABLE, 2)
+    cdef const int64_t* values = <const int64_t*> candidates.view.buf
+    cdef vector[CTier] asked
+    cdef CTier tier
+    cdef PrefixIndex index
+    cdef size_t i
+    check_table(candidates, table)
+    for i in range(candidates.length()):
+        if values[i] < (0 if i == 0 else values[i - 1]):
+            raise ValueError(f"rows that ascend from 0 expected, got {values[i]} at position {i}")
+    if prompt_tokens < 1 or block_size < 1:
+        raise ValueError(f"at least one token a prompt and a block expected, got {prompt_tokens}, {block_size}")
+    for index, tier.cost_ratio in tiers:
+        if index is None:
+            raise TypeError("an index expected, got None")
+        tier.index = index.index.get()
+        asked.push_back(tier)
+    c_charge_tiers(asked, <const uint64_t*> path.view.buf, path.length(), prompt_tokens, block_size, values,
+                   candidates.length(), <int64_t*> table.view.buf)
+
+
+def pick(rows, out, scores, FusedScore score not None, int64_t decision):
+    """Fill ``scores`` from filled ``out``; return the position of the pick, or -1 if one is not finite."""
+    cdef Words candidates = words_of(rows), table = words_of(out, PyBUF_SIMPLE, 2)
+    cdef Words values = words_of(scores, PyBUF_WRITABLE)
+    check_table(candidates, table)
+    if values.length() != candidates.length():
+        raise ValueError(f"{candidates.length()} candidates need as many scores, got {values.length()}")
+    return c_score_and_pick(score.score, score.ties, score.seed, decision, <const int64_t*> candidates.view.buf,
+                            <const int64_t*> table.view.buf, candidates.length(), <double*> values.view.buf)
 
 
 def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
