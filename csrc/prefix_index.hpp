@@ -310,8 +310,8 @@ class PrefixIndex {
       const auto start = static_cast<std::int64_t>(at), reached = start + matched;
       bool anyone = furthest >= reached;
       for (const Holder& holder : node.holders) {
-        // a row that missed an earlier block stays where it stopped
-        if (holder.row < n_out && out[holder.row] >= start && out[holder.row] < reached) {
+        // start <= out < reached in one comparison; a row that missed an earlier block stays where it stopped
+        if (holder.row < n_out && static_cast<std::uint64_t>(out[holder.row] - start) < matched) {
           out[holder.row] = reached;
           anyone = true;
         }
