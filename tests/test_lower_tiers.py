@@ -106,10 +106,20 @@ def test_the_last_token_of_a_prompt_is_computed_though_a_tier_has_it():
 
 
 def test_a_prefix_in_flight_is_not_loaded_again():
-    r = router({"CPU": 0.5}, in_flight="cached")
+    r = router({"CPU": 0.5})
     store(r, "CPU", BLOCKS)
     r.route_keys(keys(BLOCKS[:5]), prompt_tokens=20, request_id=1, candidates=["a"])
     assert indicators(r)[:2] == (20, 20)
+
+
+def test_who_counted_on_a_load_that_is_cancelled_is_booked_for_it():
+    r = router({"CPU": 0.25})
+    store(r, "CPU", BLOCKS)
+    for request_id in (1, 2):
+        r.route_keys(keys(BLOCKS), prompt_tokens=PROMPT_TOKENS, request_id=request_id, candidates=["a"])
+    assert r.load("a")["queued_prefill_tokens"] == 2 + 10 + 2
+    r.cancel(1)
+    assert r.load("a")["queued_prefill_tokens"] == 2 + 10
 
 
 def test_the_price_is_what_waits_in_the_queue():
