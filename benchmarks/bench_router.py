@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from inputs import INSTANCES, PROMPT_TOKENS
 
-from mulsched import Router
+from mulsched import BlockStored, Router
 
 SIZES = {"tokens": PROMPT_TOKENS, "instances": INSTANCES}
 RNG = np.random.default_rng(2)
@@ -56,6 +56,24 @@ def bench_route(benchmark, policy, quick):
 def bench_select(benchmark, policy):
     router, turn = warm_router(policy), itertools.cycle(PROMPTS)
     benchmark(lambda: router.select(next(turn)))
+    benchmark.extra_info |= SIZES
+
+
+TIERS = [None, {"CPU": 0.1}, {"CPU": 0.1, "DISK": 0.5}]
+
+
+@pytest.mark.benchmark(group="select over storage tiers, 8,192 tokens x 64 instances")
+@pytest.mark.parametrize("tier_cost_ratio", TIERS, ids=["GPU only", "CPU", "CPU and disk"])
+def bench_select_over_tiers(benchmark, tier_cost_ratio):
+    """Every instance holds half of the prompt on its GPU and all of it in every tier."""
+    router, prompt = Router(tier_cost_ratio=tier_cost_ratio), PROMPTS[0]
+    hashes = np.arange(PROMPT_TOKENS // 16, dtype=np.uint64)
+    for i in range(INSTANCES):
+        router.add_instance(f"i{i}")
+        for medium in router.media:
+            n = len(hashes) // 2 if medium == "GPU" else len(hashes)
+            router.apply(BlockStored(f"i{i}", hashes[:n], None, 16, prompt[: 16 * n], medium=medium))
+    benchmark(router.select, prompt)
     benchmark.extra_info |= SIZES
 
 

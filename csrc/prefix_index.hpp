@@ -87,11 +87,47 @@ class PrefixIndex {
       node = tree_.block_node(block);
       offset = tree_.block_offset(block) + 1;
     }
-    const std::int64_t newly = claim_names(row, hashes, n_keys)
-                                   ? store_new_names(row, node, offset, hashes, keys, n_keys)
-                                   : store_one_by_one(row, node, offset, hashes, keys, n_keys, counts_copies);
+    const std::int64_t newly = append_named(row, node, offset, hashes, keys, n_keys, counts_copies);
     tree_.settle();
     return newly;
+  }
+
+  // As store_named for blocks that follow `path`, of which the row need not hold anything, and for this holds
+  // no more than before. O(n_path + D + W) amortised.
+  std::int64_t store_named_after(Row row, const Key* path, std::size_t n_path, const std::uint64_t* hashes,
+                                 const Key* keys, std::size_t n_keys, bool counts_copies = true) {
+    const std::unique_lock lock(mutex_);
+    state(row);
+    Change change(broken_);
+    NodeId node = kRoot;
+    std::uint32_t offset = 0;
+    std::vector<BlockId> borrowed;  // held until the blocks below them keep their place in the tree
+    segments_.clear();
+    hold(row, kRoot, 0, path, n_path);
+    for (const Segment& segment : segments_) {
+      tree_.give_ids(segment.node);
+      const auto first = tree_.node(segment.node).ids.begin() + segment.from;
+      if (!segment.held_before) borrowed.insert(borrowed.end(), first, first + segment.count);
+      node = segment.node;
+      offset = segment.from + segment.count;
+    }
+    const std::int64_t newly = append_named(row, node, offset, hashes, keys, n_keys, counts_copies);
+    drop_blocks(row, std::move(borrowed));
+    tree_.settle();
+    return newly;
+  }
+
+  // The keys from the prompt's start to the block that the row knows by this name; none if it knows none.
+  std::vector<Key> path(Row row, std::uint64_t name) const {
+    const std::shared_lock lock(mutex_);
+    const BlockId block = state(row).names.find(name);
+    if (block == FlatMap::kAbsent) return {};
+    NodeId node = tree_.block_node(block);
+    std::uint32_t length = tree_.block_offset(block) + 1;
+    std::vector<Key> keys(tree_.node(node).start + length);
+    for (; node != kRoot; node = tree_.node(node).parent, length = tree_.node(node).length())
+      std::copy_n(tree_.node(node).keys.begin(), length, keys.begin() + tree_.node(node).start);
+    return keys;
   }
 
   // How many names were known. Takes a copy of each, and with the last copy the name. O(1) a block, and the
@@ -146,6 +182,13 @@ class PrefixIndex {
   void match(const Key* keys, std::size_t n_keys, std::int64_t* out, std::size_t n_out) const noexcept {
     const std::shared_lock lock(mutex_);
     match_unlocked(keys, n_keys, out, n_out);
+  }
+
+  // Moves out[row] on over the blocks of keys that the row holds from there, for n_out rows; what is before it
+  // need not be held. O(D + W * nodes on the path).
+  void match_from(const Key* keys, std::size_t n_keys, std::int64_t* out, std::size_t n_out) const noexcept {
+    const std::shared_lock lock(mutex_);
+    if (n_out > 0) extend_unlocked(keys, n_keys, out, n_out, *std::max_element(out, out + n_out));
   }
 
   // match, and the block count of every row, from the same state.
@@ -251,6 +294,12 @@ class PrefixIndex {
 
   void match_unlocked(const Key* keys, std::size_t n_keys, std::int64_t* out, std::size_t n_out) const noexcept {
     std::fill(out, out + n_out, 0);
+    extend_unlocked(keys, n_keys, out, n_out, 0);
+  }
+
+  // furthest: the largest of out.
+  void extend_unlocked(const Key* keys, std::size_t n_keys, std::int64_t* out, std::size_t n_out,
+                       std::int64_t furthest) const noexcept {
     if (broken_) return;
     NodeId id = kRoot;
     for (std::size_t at = 0; at < n_keys;) {
@@ -259,10 +308,10 @@ class PrefixIndex {
       const Node& node = tree_.node(id);
       const std::uint32_t matched = common_prefix(node.keys.data(), node.length(), keys + at, n_keys - at);
       const auto start = static_cast<std::int64_t>(at), reached = start + matched;
-      bool anyone = false;
+      bool anyone = furthest >= reached;
       for (const Holder& holder : node.holders) {
-        // a row that missed an earlier block stays where it stopped
-        if (holder.row < n_out && out[holder.row] == start) {
+        // start <= out < reached in one comparison; a row that missed an earlier block stays where it stopped
+        if (holder.row < n_out && static_cast<std::uint64_t>(out[holder.row] - start) < matched) {
           out[holder.row] = reached;
           anyone = true;
         }
@@ -353,6 +402,13 @@ class PrefixIndex {
       return false;
     }
     return true;
+  }
+
+  // Stores named blocks after `offset` blocks of `node`.
+  std::int64_t append_named(Row row, NodeId node, std::uint32_t offset, const std::uint64_t* hashes,
+                            const Key* keys, std::size_t n_keys, bool counts_copies) {
+    return claim_names(row, hashes, n_keys) ? store_new_names(row, node, offset, hashes, keys, n_keys)
+                                            : store_one_by_one(row, node, offset, hashes, keys, n_keys, counts_copies);
   }
 
   std::int64_t store_new_names(Row row, NodeId node, std::uint32_t offset, const std::uint64_t* hashes,

@@ -23,6 +23,7 @@ enum Column : std::size_t {
   kContextTokens,
   kCachedBlocks,
   kLastChosen,
+  kLowerTierTokens,
   kColumns,
 };
 
@@ -71,6 +72,41 @@ void fill_columns(const Index& index, const PrefixIndex* in_flight, const Key* k
     out[kContextTokens * n + i] = load.column(kLoadContext)[row];
     out[kCachedBlocks * n + i] = blocks[row];
     out[kLastChosen * n + i] = load.column(kLoadLastChosen)[row];
+    out[kLowerTierTokens * n + i] = 0;  // mulsched.lower_tiers counts them, where there are tiers
+  }
+}
+
+// A storage tier below the GPU; its rows are those of the GPU's index.
+struct Tier {
+  const PrefixIndex* index;
+  double cost_ratio;
+};
+
+// Brings filled columns up to date with what tiers hold after each candidate's match, asked in their order; the
+// formulas are in mulsched/lower_tiers.py. rows ascend.
+inline void charge_tiers(const std::vector<Tier>& tiers, const Key* keys, std::size_t n_keys,
+                         std::int64_t prompt_tokens, std::int64_t block_size, const std::int64_t* rows,
+                         std::size_t n, std::int64_t* out) {
+  thread_local std::vector<std::int64_t> reached;
+  thread_local std::vector<double> cost;
+  reached.assign(static_cast<std::size_t>(rows[n - 1]) + 1, 0);
+  cost.assign(n, 0.0);
+  const std::int64_t* hit = out + kHitTokens * n;
+  std::int64_t* loaded = out + kLowerTierTokens * n;  // 0 so far
+  for (std::size_t i = 0; i < n; ++i) reached[static_cast<std::size_t>(rows[i])] = out[kMatchedBlocks * n + i];
+  const std::int64_t most = (prompt_tokens - 1) / block_size * block_size;
+  for (const Tier& tier : tiers) {
+    tier.index->match_from(keys, n_keys, reached.data(), reached.size());
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::int64_t end = std::min(reached[static_cast<std::size_t>(rows[i])] * block_size, most) - hit[i];
+      cost[i] += tier.cost_ratio * static_cast<double>(end - loaded[i]);
+      loaded[i] = end;
+    }
+  }
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::int64_t work = prompt_tokens - hit[i] - loaded[i] + static_cast<std::int64_t>(std::ceil(cost[i]));
+    out[kNewPrefillTokens * n + i] = work;
+    out[kPTokens * n + i] = out[kQueuedPrefillTokens * n + i] + work;
   }
 }
 

@@ -1,5 +1,6 @@
-"""Filling the columns with numpy: the twin of the native ``fill_columns``."""
+"""Filling the columns with numpy: the twin of the native ``fill_columns`` and ``charge_tiers``."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ from mulsched.types import Keys
 if TYPE_CHECKING:
     from mulsched.prefix_index import Backend
 
-__all__ = ["fill_columns"]
+__all__ = ["charge_tiers", "fill_columns"]
 
 
 def fill_columns(
@@ -43,3 +44,30 @@ def fill_columns(
     out[8] = context
     out[9] = [index.blocks(row) for row in rows.tolist()]
     out[10] = last_chosen
+    out[11] = 0
+
+
+def charge_tiers(
+    tiers: "Sequence[tuple[Backend, float]]",
+    keys: Keys,
+    prompt_tokens: int,
+    block_size: int,
+    rows: NDArray[np.int64],
+    out: NDArray[np.int64],
+) -> None:
+    """Count in filled ``out`` what ``tiers``, pairs of index and cost ratio, hold; ``rows`` ascend.
+
+    The formulas are in ``mulsched.lower_tiers``.
+    """
+    matched, hit, queued = out[0], out[1], out[3]
+    most = (prompt_tokens - 1) // block_size * block_size
+    reached = np.zeros(int(rows[-1]) + 1, dtype=np.int64)
+    reached[rows] = matched
+    end, cost = hit, np.zeros(len(rows))
+    for index, ratio in tiers:
+        index.match_from(keys, reached)
+        start, end = end, np.minimum(reached[rows] * block_size, most)
+        cost += ratio * (end - start)
+    out[11] = end - hit
+    out[2] = prompt_tokens - end + np.ceil(cost).astype(np.int64)
+    out[4] = queued + out[2]

@@ -69,9 +69,13 @@ cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
         int64_t store(uint32_t, const uint64_t*, size_t) except +
         int64_t store_named(
             uint32_t, cbool, uint64_t, const uint64_t*, const uint64_t*, size_t, cbool) except +
+        int64_t store_named_after(
+            uint32_t, const uint64_t*, size_t, const uint64_t*, const uint64_t*, size_t, cbool) except +
+        vector[uint64_t] path(uint32_t, uint64_t) except +
         int64_t remove_named(uint32_t, const uint64_t*, size_t) except +
         int64_t discard(uint32_t, const uint64_t*, size_t, size_t) except +
         void match(const uint64_t*, size_t, int64_t*, size_t) noexcept
+        void match_from(const uint64_t*, size_t, int64_t*, size_t) noexcept
         int64_t blocks(uint32_t) except +
         int64_t unique_blocks() except +
         size_t nodes() except +
@@ -95,6 +99,13 @@ cdef extern from "select.hpp" namespace "mulsched" nogil:
     void c_fill_columns "mulsched::fill_columns"(
         const CPrefixIndex&, const CPrefixIndex*, const uint64_t*, size_t, int64_t, int64_t,
         const int64_t*, size_t, const CLoadView&, int64_t*) except +
+    cdef cppclass CTier "mulsched::Tier":
+        const CPrefixIndex* index
+        double cost_ratio
+
+    void c_charge_tiers "mulsched::charge_tiers"(
+        const vector[CTier]&, const uint64_t*, size_t, int64_t, int64_t, const int64_t*, size_t,
+        int64_t*) except +
     enum class Ties "mulsched::Ties":
         kLeastRecent, kRandom, kFirst
 
@@ -431,6 +442,25 @@ cdef class PrefixIndex:
                 row, has_parent, parent_hash, copied.data() + n, copied.data(), n, counts_copies)
         return newly
 
+    def store_named_after(self, uint32_t row, path, hashes, keys, cbool counts_copies=True):
+        """Append blocks after a path of which the row need not hold anything; return blocks newly held."""
+        cdef Words above = words_of(path), blocks = words_of(keys), named = words_of(hashes)
+        if named.length() != blocks.length():
+            raise ValueError(f"{blocks.length()} keys need as many hashes, got {named.length()}")
+        return self.index.get().store_named_after(
+            row, <const uint64_t*> above.view.buf, above.length(), <const uint64_t*> named.view.buf,
+            <const uint64_t*> blocks.view.buf, blocks.length(), counts_copies)
+
+    def path(self, uint32_t row, uint64_t name):
+        """Return the keys up to the block that the row knows by this name; None if it knows none."""
+        cdef vector[uint64_t] keys = self.index.get().path(row, name)
+        if keys.empty():
+            return None
+        out = new_array(keys.size(), uint64_dtype)
+        cdef Words words = words_of(out, PyBUF_WRITABLE)
+        memcpy(words.view.buf, keys.data(), keys.size() * sizeof(uint64_t))
+        return out
+
     def remove_named(self, uint32_t row, hashes):
         """Take a copy of each name, and with its last copy the name; return how many were known."""
         cdef Words named = words_of(hashes)
@@ -458,6 +488,12 @@ cdef class PrefixIndex:
         cdef Words path = words_of(keys), matched = words_of(out, PyBUF_WRITABLE)
         self.index.get().match(<const uint64_t*> path.view.buf, path.length(),
                                <int64_t*> matched.view.buf, matched.length())
+
+    def match_from(self, keys, out):
+        """Move each row's entry on over the blocks of keys that it holds from there."""
+        cdef Words path = words_of(keys), reached = words_of(out, PyBUF_WRITABLE)
+        self.index.get().match_from(<const uint64_t*> path.view.buf, path.length(),
+                                    <int64_t*> reached.view.buf, reached.length())
 
     def blocks(self, uint32_t row):
         """Return how many blocks the row holds."""
@@ -540,9 +576,7 @@ cdef int64_t* fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_
     cdef size_t i
     if table.length() != kLoadColumns:
         raise ValueError(f"a load table of {kLoadColumns} columns expected, got {table.length()}")
-    if (out.length() != kColumns or rows.length() < 1
-            or <size_t> out.view.shape[1] != rows.length()):
-        raise ValueError("a table of shape (columns, candidates) expected")
+    check_table(rows, out)
     for i in range(rows.length()):
         if not 0 <= candidates[i] < table.view.shape[1]:
             raise ValueError(f"row {candidates[i]} lies outside the load table")
@@ -562,6 +596,47 @@ def fill_columns(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_
     """Fill ``out``, shape (columns, candidates), for the candidate rows; see ``mulsched.indicators``."""
     fill(index, in_flight, keys, prompt_tokens, block_size, words_of(rows), load,
          words_of(out, PyBUF_WRITABLE, 2))
+
+
+cdef int check_table(Words rows, Words out) except -1:
+    if (out.length() != kColumns or rows.length() < 1
+            or <size_t> out.view.shape[1] != rows.length()):
+        raise ValueError("a table of shape (columns, candidates) expected")
+    return 0
+
+
+def charge_tiers(tiers, keys, int64_t prompt_tokens, int64_t block_size, rows, out):
+    """Count in filled ``out`` what ``tiers``, pairs of index and cost ratio, hold; see ``mulsched.lower_tiers``."""
+    cdef Words path = words_of(keys), candidates = words_of(rows), table = words_of(out, PyBUF_WRITABLE, 2)
+    cdef const int64_t* values = <const int64_t*> candidates.view.buf
+    cdef vector[CTier] asked
+    cdef CTier tier
+    cdef PrefixIndex index
+    cdef size_t i
+    check_table(candidates, table)
+    for i in range(candidates.length()):
+        if values[i] < (0 if i == 0 else values[i - 1]):
+            raise ValueError(f"rows that ascend from 0 expected, got {values[i]} at position {i}")
+    if prompt_tokens < 1 or block_size < 1:
+        raise ValueError(f"at least one token a prompt and a block expected, got {prompt_tokens}, {block_size}")
+    for index, tier.cost_ratio in tiers:
+        if index is None:
+            raise TypeError("an index expected, got None")
+        tier.index = index.index.get()
+        asked.push_back(tier)
+    c_charge_tiers(asked, <const uint64_t*> path.view.buf, path.length(), prompt_tokens, block_size, values,
+                   candidates.length(), <int64_t*> table.view.buf)
+
+
+def pick(rows, out, scores, FusedScore score not None, int64_t decision):
+    """Fill ``scores`` from filled ``out``; return the position of the pick, or -1 if one is not finite."""
+    cdef Words candidates = words_of(rows), table = words_of(out, PyBUF_SIMPLE, 2)
+    cdef Words values = words_of(scores, PyBUF_WRITABLE)
+    check_table(candidates, table)
+    if values.length() != candidates.length():
+        raise ValueError(f"{candidates.length()} candidates need as many scores, got {values.length()}")
+    return c_score_and_pick(score.score, score.ties, score.seed, decision, <const int64_t*> candidates.view.buf,
+                            <const int64_t*> table.view.buf, candidates.length(), <double*> values.view.buf)
 
 
 def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,

@@ -359,35 +359,45 @@ class PrefixIndexPy:
         self, row: int, parent: int | None, hashes: Keys, keys: Keys, counts_copies: bool = True
     ) -> int:
         """Append blocks after the one that parent names; return blocks newly held, -1: unknown parent."""
-        state = self._tree.rows[row]
         node, offset = self._tree.root, 0
         if parent is not None:
-            block = state.names.get(parent)
+            block = self._tree.rows[row].names.get(parent)
             if block is None:
                 return UNKNOWN_PARENT
             node, offset = block.node, block.offset + 1
-        newly = 0
-        for name, key in zip(hashes.tolist(), keys.tolist(), strict=True):
-            new, [(holder, at, _, held_before)] = self._hold(row, node, offset, [key])
-            newly += new
-            self._tree.give_blocks(holder)
-            block = holder.blocks[at]
-            old = state.names.get(name)
-            if old is block:
-                if counts_copies:
-                    _add_one(state.extra_copies, name)
-            else:
-                # the name may move here from another block, even one of this path
-                state.names[name] = block
-                if held_before:
-                    _add_one(state.extra_names, block)
-                if old is not None:
-                    state.extra_copies.pop(name, None)
-                    if self._drop_name(state, old):
-                        self._drop_blocks(row, [old])
-            node, offset = block.node, block.offset + 1
+        newly = self._append_named(row, node, offset, hashes, keys, counts_copies)
         self._tree.settle()
         return newly
+
+    @_exclusive
+    def store_named_after(
+        self, row: int, path: Keys, hashes: Keys, keys: Keys, counts_copies: bool = True
+    ) -> int:
+        """Append blocks after a path of which the row need not hold anything; return blocks newly held."""
+        node, offset = self._tree.root, 0
+        borrowed: list[_Block] = []  # held until the blocks below them keep their place in the tree
+        for holder, first, count, held_before in self._hold(row, node, offset, path.tolist())[1]:
+            self._tree.give_blocks(holder)
+            if not held_before:
+                borrowed += holder.blocks[first : first + count]
+            node, offset = holder, first + count
+        newly = self._append_named(row, node, offset, hashes, keys, counts_copies)
+        self._drop_blocks(row, borrowed)
+        self._tree.settle()
+        return newly
+
+    @_exclusive
+    def path(self, row: int, name: int) -> Keys | None:
+        """Return the keys up to the block that the row knows by this name; None if it knows none."""
+        block = self._tree.rows[row].names.get(name)
+        if block is None:
+            return None
+        keys: list[int] = []
+        up: _Node | None = block.node
+        while up is not None:
+            keys = up.keys + keys
+            up = up.parent
+        return np.array(keys[: block.depth + 1], dtype=np.uint64)
 
     @_exclusive
     def remove_named(self, row: int, hashes: Keys) -> int:
@@ -453,6 +463,20 @@ class PrefixIndexPy:
             at += matched
             out[list(rows)] = at
             if not rows or matched < len(node.keys):
+                break
+
+    @_exclusive
+    def match_from(self, keys: Keys, out: NDArray[np.int64]) -> None:
+        """Move each row's entry on over the blocks of keys that it holds from there."""
+        node, at, path = self._tree.root, 0, keys.tolist()
+        furthest = int(out.max(initial=0))
+        while at < len(path) and path[at] in node.children:
+            node = node.children[path[at]]
+            matched = _common_prefix(node.keys, 0, path, at)
+            moved = [row for row in node.holders if row < len(out) and at <= out[row] < at + matched]
+            at += matched
+            out[moved] = at
+            if matched < len(node.keys) or not (moved or furthest >= at):
                 break
 
     @_exclusive
@@ -545,6 +569,33 @@ class PrefixIndexPy:
             at += matched
             offset += matched
         return newly, segments
+
+    def _append_named(
+        self, row: int, node: _Node, offset: int, hashes: Keys, keys: Keys, counts_copies: bool
+    ) -> int:
+        """Store named blocks after ``offset`` blocks of ``node``; return blocks newly held."""
+        state = self._tree.rows[row]
+        newly = 0
+        for name, key in zip(hashes.tolist(), keys.tolist(), strict=True):
+            new, [(holder, at, _, held_before)] = self._hold(row, node, offset, [key])
+            newly += new
+            self._tree.give_blocks(holder)
+            block = holder.blocks[at]
+            old = state.names.get(name)
+            if old is block:
+                if counts_copies:
+                    _add_one(state.extra_copies, name)
+            else:
+                # the name may move here from another block, even one of this path
+                state.names[name] = block
+                if held_before:
+                    _add_one(state.extra_names, block)
+                if old is not None:
+                    state.extra_copies.pop(name, None)
+                    if self._drop_name(state, old):
+                        self._drop_blocks(row, [old])
+            node, offset = block.node, block.offset + 1
+        return newly
 
     def _evict(self, row: int) -> None:
         state = self._tree.rows[row]

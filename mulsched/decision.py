@@ -42,13 +42,18 @@ class Decision:
 
     @property
     def hit_tokens(self) -> int:
-        """Prompt tokens that the chosen instance will not compute again."""
+        """Prompt tokens that lie on the chosen instance's GPU, and that it will not compute again."""
         return int(self.columns.table[1, self.position])
 
     @property
     def new_prefill_tokens(self) -> int:
-        """Prompt tokens that the chosen instance has to compute."""
+        """Prompt tokens that the chosen instance has to compute, and the price of those that it loads."""
         return int(self.columns.table[2, self.position])
+
+    @property
+    def lower_tier_tokens(self) -> int:
+        """Prompt tokens that the chosen instance loads from a tier below its GPU."""
+        return int(self.columns.table[11, self.position])
 
     @property
     def indicators(self) -> dict[str, int]:
@@ -56,15 +61,19 @@ class Decision:
         return dict(zip(COLUMNS, self.columns.table[:, self.position].tolist(), strict=True))
 
     def explain(self) -> str:
-        """Return a table of every candidate and column, the best score first, and why the first won."""
+        """Return a table of every candidate and column, the best score first, and why the first won.
+
+        ``lower_tier_tokens`` is shown where a candidate has any.
+        """
         order = np.argsort(self.scores, kind="stable").tolist()
         order.remove(self.position)
         order.insert(0, self.position)
-        header = ("", "instance", "score", *COLUMNS)
+        shown = COLUMNS if self.columns.lower_tier_tokens.any() else COLUMNS[:-1]
+        header = ("", "instance", "score", *shown)
         lines = [header]
         for at in order:
             score = "filtered" if np.isnan(self.scores[at]) else f"{self.scores[at]:.6g}"
-            values = map(str, self.columns.table[:, at].tolist())
+            values = map(str, self.columns.table[: len(shown), at].tolist())
             lines.append(("*" if at == self.position else "", self.columns.instances[at], score, *values))
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         table = [

@@ -7,6 +7,8 @@ sections 5 and 5.1), for a request of L prompt tokens on an instance:
     new_prefill_tokens = L - hit_tokens                  (>= 1: engines recompute the last token)
     p_tokens           = queued_prefill_tokens + new_prefill_tokens
     batch_size         = running + waiting + 1           (this request included)
+
+Where a router counts storage tiers below the GPU, new_prefill_tokens follows :mod:`mulsched.lower_tiers`.
 """
 
 from typing import TYPE_CHECKING
@@ -19,14 +21,14 @@ from mulsched.errors import InvalidArgument
 from mulsched.types import Request
 
 if BACKEND == "native":
-    from mulsched._native import fill_columns
+    from mulsched._native import charge_tiers, fill_columns
 else:
-    from mulsched._columns_py import fill_columns
+    from mulsched._columns_py import charge_tiers, fill_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["COLUMNS", "Columns", "fill_columns", "uniform_draws"]
+__all__ = ["COLUMNS", "Columns", "charge_tiers", "fill_columns", "uniform_draws"]
 
 COLUMNS = (
     "matched_blocks",
@@ -40,6 +42,7 @@ COLUMNS = (
     "context_tokens",
     "cached_blocks",
     "last_chosen",
+    "lower_tier_tokens",
 )
 """Names of the columns, in the order of the rows of ``Columns.table``."""
 
@@ -121,12 +124,12 @@ class Columns:
 
     @property
     def hit_tokens(self) -> NDArray[np.int64]:
-        """Prompt tokens that the instance will not compute again."""
+        """Prompt tokens that lie on the instance's GPU, and that it will not compute again."""
         return self._column(1)
 
     @property
     def new_prefill_tokens(self) -> NDArray[np.int64]:
-        """Prompt tokens that the instance has to compute."""
+        """Prompt tokens that the instance has to compute, and the price of those that it loads."""
         return self._column(2)
 
     @property
@@ -168,6 +171,11 @@ class Columns:
     def last_chosen(self) -> NDArray[np.int64]:
         """Number of the decision that chose this instance last; -1: none."""
         return self._column(10)
+
+    @property
+    def lower_tier_tokens(self) -> NDArray[np.int64]:
+        """Prompt tokens that the instance loads from below its GPU, after the hit; 0 in tiers not counted."""
+        return self._column(11)
 
     @property
     def uniform(self) -> NDArray[np.float64]:

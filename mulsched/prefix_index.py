@@ -61,6 +61,14 @@ class Backend(Protocol):
         that names another block moves.
         """
 
+    def store_named_after(
+        self, row: int, path: Keys, hashes: Keys, keys: Keys, counts_copies: bool = True
+    ) -> int:
+        """Append blocks after a path of which the row need not hold anything; blocks newly held."""
+
+    def path(self, row: int, name: int) -> Keys | None:
+        """Return the keys up to the block that a named row knows by ``name``; None if it knows none."""
+
     def remove_named(self, row: int, hashes: Keys) -> int:
         """Take a copy of each name, and with its last copy the name; how many were known."""
 
@@ -72,6 +80,9 @@ class Backend(Protocol):
 
     def match(self, keys: Keys, out: NDArray[np.int64]) -> None:
         """Write per row how many leading blocks of ``keys`` it holds. ``out``: ``(>= n_rows,)``."""
+
+    def match_from(self, keys: Keys, out: NDArray[np.int64]) -> None:
+        """Move ``out[row]``, at least 0, on over the blocks of ``keys`` that the row holds from there."""
 
     def blocks(self, row: int) -> int:
         """How many blocks the row holds."""
@@ -292,34 +303,41 @@ class PrefixIndex:
         keys: Keys,
         *,
         parent: EngineHash | None = None,
+        after: Keys | None = None,
         engine_hashes: Sequence[EngineHash] | NDArray[np.uint64] | None = None,
         counts_copies: bool = True,
     ) -> int:
         """Record that the instance holds ``keys``; return how many blocks it did not hold before.
 
-        For a named instance ``keys`` follow the block that ``parent`` names (None: the prompt's start) and
+        For a named instance ``keys`` follow the block that ``parent`` names, or the path ``after`` from the
+        prompt's start, of which the instance need not hold anything (neither: they start the prompt), and
         ``engine_hashes`` names them one by one; a name that is in use for the same block counts one copy
         more, unless ``counts_copies`` is false, and one in use for another block moves here, as one copy.
         For the other kinds ``keys`` is the path from the prompt's start. O(D + W) amortised.
 
         Raises UnknownInstance, UnknownBlock (the instance holds no block named ``parent``), InvalidType,
-        InvalidArgument (hashes missing, superfluous, or not as many as keys).
+        InvalidArgument (hashes missing, superfluous, or not as many as keys; both parent and after).
         """
         # the caller's iterables run before the lock is taken: they may use this index themselves
         path = as_keys(keys)
         hashes = None if engine_hashes is None else as_hashes(engine_hashes)
-        after = None if parent is None else engine_hash(parent)
+        name = None if parent is None else engine_hash(parent)
+        above = None if after is None else as_keys(after, "after")
+        if name is not None and above is not None:
+            raise InvalidArgument("blocks follow either parent or after, got both")
         with self._lock:
             row = self.row(instance)
             if self._kind[instance] != "named":
-                if hashes is not None or after is not None:
+                if hashes is not None or name is not None or above is not None:
                     raise InvalidArgument(f"instance {instance!r} was added without engine_hashes=True")
                 return self._tree.store(row, path)
             if hashes is None:
                 raise InvalidArgument(f"instance {instance!r} needs engine_hashes, one for each of the keys")
             if len(hashes) != len(path):
                 raise InvalidArgument(f"{len(path)} keys need as many engine_hashes, got {len(hashes)}")
-            stored = self._tree.store_named(row, after, hashes, path, counts_copies)
+            if above is not None:
+                return self._tree.store_named_after(row, above, hashes, path, counts_copies)
+            stored = self._tree.store_named(row, name, hashes, path, counts_copies)
             if stored == UNKNOWN_PARENT:
                 raise UnknownBlock(f"instance {instance!r} holds no block with engine hash {parent!r}")
             return stored
@@ -372,6 +390,17 @@ class PrefixIndex:
         matched = np.empty(len(self._names), dtype=np.int64)
         self._tree.match(as_keys(keys), matched)
         return matched
+
+    def path(self, instance: str, name: EngineHash) -> Keys | None:
+        """Return the keys from the prompt's start to the block that an instance knows as ``name``.
+
+        None if it knows no such block, or is not a named one. O(D). Raises UnknownInstance, InvalidType,
+        InvalidArgument.
+        """
+        word = engine_hash(name)
+        with self._lock:
+            row = self.row(instance)
+            return self._tree.path(row, word) if self._kind[instance] == "named" else None
 
     def match_by_instance(self, keys: Keys) -> dict[str, int]:
         """Return ``match`` as a dict from instance to matched blocks."""

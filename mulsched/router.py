@@ -1,7 +1,7 @@
 """The router: instance state in, decisions out."""
 
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -31,6 +31,7 @@ from mulsched.failure import FailureDetector
 from mulsched.in_flight import PrefixesInFlight
 from mulsched.indicators import COLUMNS, Columns, fill_columns
 from mulsched.load import Booking, LoadTable, check_count, check_now
+from mulsched.lower_tiers import LowerTiers, check_cost_ratios
 from mulsched.policies import Policy, Ties
 from mulsched.policies._policy import is_factory
 from mulsched.policies._policy import select as select_composed
@@ -49,6 +50,7 @@ from mulsched.types import (
 
 if BACKEND == "native":
     from mulsched._native import FusedScore
+    from mulsched._native import pick as pick_fused
     from mulsched._native import select as select_fused
 
 __all__ = ["InFlight", "Router"]
@@ -91,7 +93,10 @@ class Router:
     ``in_flight``: whether prefixes of requests that wait for their first token count as cached where they
     were sent (``"cached"``, which measured best, docs/lifecycle.md) or not (``"ignore"``, as in the authors'
     router, and right for engines without a prefix cache). ``key_seed`` seeds the block keys; one
-    that is kept secret keeps tenants from guessing what is cached. ``detector``: leaves instances out while a
+    that is kept secret keeps tenants from guessing what is cached. ``tier_cost_ratio``: what loading a token
+    from a storage tier below the GPU costs relative to computing it, 0 to 1, by medium, such as ``{"CPU":
+    0.1}``; tiers that it does not name do not count, by default none, and how to measure it is in
+    docs/events.md. ``detector``: leaves instances out while a
     class of requests overloads the holders of its prefix; None takes the policy's, which has none as a rule.
 
     ``select`` changes nothing; ``route`` selects and books in one atomic step, without which concurrent
@@ -110,6 +115,7 @@ class Router:
         seed: int = 0,
         in_flight: InFlight = "cached",
         key_seed: int = DEFAULT_SEED,
+        tier_cost_ratio: Mapping[str, float] | None = None,
         detector: FailureDetector | None = None,
     ) -> None:
         if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer):
@@ -128,6 +134,9 @@ class Router:
         self._policy = _policy(policy)
         self._ties: Ties = ties or self._policy.ties
         self._seed = int(seed)
+        cost_ratios = check_cost_ratios(tier_cost_ratio)
+        # in the order of rows like the index of what is in flight
+        self._tiers = LowerTiers(cost_ratios) if cost_ratios else None
         self._fused = _fused(self._policy, self._ties, self._seed)
         self._key_seed = int(key_seed)
         if detector is not None and not isinstance(detector, FailureDetector):
@@ -165,6 +174,16 @@ class Router:
         return self._index
 
     @property
+    def media(self) -> tuple[str, ...]:
+        """The media whose events count: the GPU, and the tiers of ``tier_cost_ratio``, the cheapest first."""
+        return ("GPU",) if self._tiers is None else ("GPU", *self._tiers.cost_ratios)
+
+    @property
+    def lower_tiers(self) -> dict[str, PrefixIndex]:
+        """What is known to be held below the GPU, by medium, the cheapest first: for looking."""
+        return {} if self._tiers is None else dict(self._tiers.indexes)
+
+    @property
     def instances(self) -> tuple[str, ...]:
         """All instances, in the order of their rows."""
         return self._names
@@ -186,6 +205,8 @@ class Router:
                 self._predicted.add(instance)
             if self._in_flight is not None:
                 self._in_flight.add_row(row)
+            if self._tiers is not None:
+                self._tiers.add_instance(instance)
             self._load.add_row(row)
             self._refresh_candidates()
 
@@ -203,6 +224,8 @@ class Router:
             self._index.remove_instance(instance)
             if self._in_flight is not None:
                 self._in_flight.remove_row(row)
+            if self._tiers is not None:
+                self._tiers.remove_instance(instance)
             self._predicted.discard(instance)
             self._last_report.pop(instance, None)
             self._refresh_candidates()
@@ -404,7 +427,7 @@ class Router:
         index = self._index.backend
         coming = None if self._in_flight is None else self._in_flight.tree
         request, load = columns.request, self._load.table
-        if self._fused is not None:
+        if self._fused is not None and self._tiers is None:
             scores = np.empty(len(columns.instances))
             position = select_fused(
                 index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
@@ -418,8 +441,15 @@ class Router:
             index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
             columns.table,
         )  # fmt: skip
+        if self._tiers is not None:
+            self._tiers.charge(columns)
         # a score that computes in place would change what is booked
         columns.table.setflags(write=False)
+        if self._fused is not None and self._tiers is not None:
+            scores = np.empty(len(columns.instances))
+            position = pick_fused(columns.rows, columns.table, scores, self._fused, self._decision)
+            if position >= 0:
+                return position, scores
         return select_composed(self._policy, columns, self._ties)
 
     def _route(
@@ -557,24 +587,30 @@ class Router:
     def apply(self, event: Event) -> list[Hashable]:
         """Apply an engine's event; return the ids of requests lost with an instance, else nothing.
 
-        The first event from an instance with a predicted cache makes that cache observed. Blocks on another
-        medium than the GPU do not count, and their events change nothing.
+        The first event of the GPU from an instance with a predicted cache makes that cache observed. Events
+        of media that do not count (see ``media``) change nothing.
 
         Raises UnknownInstance, UnknownBlock (parent not held there; nothing is stored),
         BlockSizeMismatch, InvalidTokens, InvalidArgument, InvalidType.
         """
         with self._lock:
-            if isinstance(event, BlockStored | BlockRemoved) and event.medium != "GPU":
+            if isinstance(event, BlockStored | BlockRemoved) and event.medium not in self.media:
                 self._index.row(event.instance)
             elif isinstance(event, BlockStored):
                 self._apply_stored(event)
             elif isinstance(event, BlockRemoved):
                 hashes = as_hashes(event.block_hashes)
-                self._observe(event.instance)
-                self._index.remove(event.instance, hashes)
+                if event.medium == "GPU":
+                    self._observe(event.instance)
+                    self._index.remove(event.instance, hashes)
+                else:
+                    assert self._tiers is not None
+                    self._tiers.remove(event.medium, event.instance, hashes)
             elif isinstance(event, CacheCleared):
                 self._observe(event.instance)
                 self._index.clear(event.instance)
+                if self._tiers is not None:
+                    self._tiers.clear(event.instance)
             elif isinstance(event, InstanceRemoved):
                 return self.remove_instance(event.instance)
             else:
@@ -592,10 +628,22 @@ class Router:
         keys = self._event_keys(event, len(hashes))
         if event.parent_hash is not None:
             engine_hash(event.parent_hash)
-            if event.instance in self._predicted:
+            if event.instance in self._predicted and event.medium == "GPU":
                 raise UnknownBlock(
                     f"instance {event.instance!r} holds no block with engine hash {event.parent_hash!r}"
                 )
+        if event.medium != "GPU":
+            assert self._tiers is not None
+            self._tiers.store(
+                event.medium,
+                event.instance,
+                keys,
+                parent=event.parent_hash,
+                engine_hashes=hashes,
+                counts_copies=event.counts_copies,
+                gpu=self._index,
+            )
+            return
         self._observe(event.instance)
         self._index.store(
             event.instance,

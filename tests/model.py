@@ -60,7 +60,11 @@ class ModelIndex:
         names = self.names[row]
         if parent is not None and parent not in names:
             return -1
-        prefix, newly = () if parent is None else names[parent][0], 0
+        path = () if parent is None else names[parent][0]
+        return self.store_named_after(row, path, hashes, keys, counts_copies)
+
+    def store_named_after(self, row, path, hashes, keys, counts_copies=True):
+        names, prefix, newly = self.names[row], tuple(path), 0
         for name, key in zip(hashes, keys, strict=True):
             prefix = (*prefix, key)
             newly += prefix not in self.held(row)
@@ -86,10 +90,14 @@ class ModelIndex:
         self.order[row] = [p for p in self.order[row] if p not in gone]
         return len(gone)
 
-    def match(self, keys, row):
+    def path(self, row, name):
+        copies = self.names[row].get(name)
+        return copies and list(copies[0])
+
+    def match(self, keys, row, start=0):
         held = self.held(row)
-        reached = 0
-        for prefix in prefixes(keys):
+        reached = start
+        for prefix in prefixes(keys, start):
             if prefix not in held:
                 break
             reached += 1

@@ -1,5 +1,7 @@
 """Columns: names, draws, subsets, and both twins that fill them."""
 
+from math import ceil
+
 import numpy as np
 import pytest
 from backends import BACKENDS, new_backend
@@ -137,6 +139,52 @@ def test_filled_columns_follow_their_formulas(name, paths, flying, keys, rest, l
         queued, running, waiting, context, last = table[:, row].tolist()
         assert out[:, i].tolist() == [
             best, hit, prompt - hit, queued, queued + prompt - hit, running, waiting,
-            running + waiting + 1, context, index.blocks(row), last,
+            running + waiting + 1, context, index.blocks(row), last, 0,
         ]  # fmt: skip
         assert out[2, i] >= 1
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(deadline=None)
+@given(
+    paths=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 5), st.integers(0, 5)), max_size=8
+    ),
+    ratios=st.lists(st.sampled_from([0.0, 0.1, 0.3, 1.0]), min_size=2, max_size=2),
+    blocks=st.integers(0, 6),
+    rest=st.integers(0, 3),
+    rows=st.sets(st.integers(0, 3), min_size=1),
+)
+def test_tiers_are_charged_by_their_formulas(name, paths, ratios, blocks, rest, rows):
+    if name == "native":
+        from mulsched._native import charge_tiers, fill_columns
+    else:
+        charge_tiers, fill_columns = _columns_py.charge_tiers, _columns_py.fill_columns
+    index, *tiers = [new_backend(name) for _ in range(3)]
+    held = set()
+    for backend in (index, *tiers):
+        for row in range(4):
+            backend.add_row(row, -1, True)
+    for at, row, first, n in paths:  # block 10 + i is named 10 + i, and follows those before it
+        path = np.arange(10, 10 + first + n, dtype=np.uint64)
+        (index, *tiers)[at].store_named_after(row, path[:first], path[first:], path[first:])
+        held |= {(at, row, block) for block in range(first, first + n)}
+    prompt = max(1, 4 * blocks + rest)
+    path, chosen = np.arange(10, 10 + prompt // 4, dtype=np.uint64), np.array(sorted(rows), dtype=np.int64)
+    table = np.arange(20, dtype=np.int64).reshape(5, 4)
+    out = np.full((len(COLUMNS), len(chosen)), -7, dtype=np.int64)
+    fill_columns(index, None, path, prompt, 4, chosen, table, out)
+    before = out.copy()
+    charge_tiers(list(zip(tiers, ratios, strict=True)), path, prompt, 4, chosen, out)
+    for i, row in enumerate(chosen.tolist()):
+        at, ends, cost = 0, [], 0.0
+        for tier in range(3):
+            while at < len(path) and (tier, row, at) in held:
+                at += 1
+            ends.append(min(4 * at, (prompt - 1) // 4 * 4))
+            cost += ratios[tier - 1] * (ends[-1] - ends[-2]) if tier else 0.0
+        expected = before[:, i].tolist()
+        new = prompt - ends[2] + ceil(cost)
+        expected[2], expected[4], expected[11] = new, before[3, i] + new, ends[2] - ends[0]
+        assert out[:, i].tolist() == expected
+        assert new >= 1

@@ -24,6 +24,7 @@ LAYERS = [
     ["in_flight"],
     ["_columns_py"],
     ["indicators"],
+    ["lower_tiers"],
     ["scorers"],
     ["failure_condition"],
     ["_failure_py"],

@@ -284,6 +284,24 @@ def test_hashes_may_be_bytes_or_negative(index):
     assert index.remove("a", [b"\x00" * 32, -5]) == 2
 
 
+def test_blocks_may_follow_a_path_that_the_instance_does_not_hold(index):
+    named(index, "a")
+    assert index.store("a", path(3, 4), after=path(1, 2), engine_hashes=[13, 14]) == 2
+    assert index.blocks("a") == 2
+    assert index.match_by_instance(path(1, 2, 3, 4)) == {"a": 0}
+    index.store("a", path(1, 2), engine_hashes=[11, 12])
+    assert index.match_by_instance(path(1, 2, 3, 4)) == {"a": 4}
+
+
+def test_a_path_leads_to_the_block_that_a_name_names(index):
+    named(index, "a")
+    index.add_instance("lru", capacity_blocks=3)
+    index.store("a", path(1, 2, 3), engine_hashes=[11, 12, 13])
+    index.store("lru", path(1, 2, 3))
+    assert index.path("a", 12).tolist() == [1, 2]
+    assert (index.path("a", 99), index.path("lru", 12)) == (None, None)
+
+
 def test_an_unknown_parent_raises_and_stores_nothing(index):
     named(index, "a", "b")
     index.store("b", path(1), engine_hashes=[1])
@@ -772,6 +790,15 @@ BAD_CALLS = [
     (lambda i: i.store("named", path(1), parent=2**64, engine_hashes=[1]), InvalidArgument, "64 bits"),
     (lambda i: i.store("named", path(1), engine_hashes=np.array([0.5])), InvalidType, "dtype float64"),
     (lambda i: i.store("named", path(1), engine_hashes=np.ones((1, 1), int)), InvalidArgument, "one dim"),
+    (
+        lambda i: i.store("named", path(1), parent=11, after=path(1), engine_hashes=[1]),
+        InvalidArgument,
+        "either parent or after, got both",
+    ),
+    (lambda i: i.store("named", path(1), after="abc", engine_hashes=[1]), InvalidType, "after must be"),
+    (lambda i: i.store("plain", path(1), after=path(2)), InvalidArgument, "without engine_hashes"),
+    (lambda i: i.path("x", 11), UnknownInstance, "unknown instance 'x'"),
+    (lambda i: i.path("named", 1.5), InvalidType, "got float"),
     (lambda i: i.store("lru", b"abc"), InvalidType, "64-bit integers, got bytes"),
     (lambda i: i.store("lru", [float("nan")]), InvalidType, "got float at position 0"),
     (lambda i: i.remove("named", 11), InvalidType, "sequence of int or bytes, got int"),

@@ -5,7 +5,7 @@ from collections import Counter
 from mulsched.errors import MulschedError
 from mulsched.events.batch import EventBatch
 from mulsched.router import Router
-from mulsched.types import BlockRemoved, BlockStored, CacheCleared
+from mulsched.types import BlockStored, CacheCleared
 
 __all__ = ["apply_batch"]
 
@@ -23,14 +23,14 @@ def apply_batch(router: Router, batch: EventBatch, counts: Counter[str]) -> None
         except MulschedError as error:
             counts[type(error).__name__] += 1
             continue
-        if not isinstance(event, CacheCleared) and event.medium != "GPU":
-            counts["events_of_other_media"] += 1
-        elif isinstance(event, BlockStored):
-            counts["blocks_stored"] += len(event.block_hashes)
-        elif isinstance(event, BlockRemoved):
-            counts["blocks_removed"] += len(event.block_hashes)
-        else:
+        if isinstance(event, CacheCleared):
             counts["caches_cleared"] += 1
+            continue
+        if event.medium not in router.media:
+            counts["events_of_other_media"] += 1
+            continue
+        change = "blocks_stored" if isinstance(event, BlockStored) else "blocks_removed"
+        counts[change if event.medium == "GPU" else f"lower_tier_{change}"] += len(event.block_hashes)
     counts["unknown_events"] += batch.unknown
     counts["ignored_events"] += batch.ignored
     counts["malformed_events"] += batch.malformed

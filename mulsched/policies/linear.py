@@ -45,9 +45,9 @@ def dynamo(*, overlap_weight: float = 1.0, temperature: float = 0.0) -> Policy:
     Parameters: ``overlap_weight`` 1 and ``temperature`` 0, Dynamo's defaults.
     Known losses: weight to be tuned. A block that several active requests share counts once in its decode
     blocks, and for each of them in ours: 5 to 34 decisions in 100 fall otherwise (docs/dynamo-crosscheck.md).
-    It leaves out partial blocks, and takes a wholly cached prompt to cost no prefill. Credits for host, disk
-    and shared cache need tiers, which mulsched does not track. Its equal costs are drawn among; ours among
-    the smallest batches of these.
+    It leaves out partial blocks, and takes a wholly cached prompt to cost no prefill. Its credits for host
+    and disk are a router's ``tier_cost_ratio={"CPU": 0.25, "DISK": 0.75}``; shared cache is not tracked. Its
+    equal costs are drawn among; ours among the smallest batches of these.
     """
     weight = at_least(overlap_weight, "overlap_weight", 0)
     heat = at_least(temperature, "temperature", 0)

@@ -48,9 +48,9 @@ def make_columns(
 ) -> Columns:
     """Return the columns of as many candidates as the lists are long, to try a score on without a router.
 
-    What is not given is 0, ``last_chosen`` -1; the other columns follow by the formulas of
-    :mod:`mulsched.indicators`. Instances are named ``i0``, ``i1``, ... and block keys count from 0 unless
-    given. The table is writable, unlike a router's.
+    What is not given is 0, ``last_chosen`` -1; no tier below the GPU counts, and the other columns follow by
+    the formulas of :mod:`mulsched.indicators`. Instances are named ``i0``, ``i1``, ... and block keys count
+    from 0 unless given. The table is writable, unlike a router's.
 
     Raises InvalidArgument (no list, lists of different lengths, a negative value, more blocks matched than
     the prompt has).

@@ -1,5 +1,6 @@
 """Batches onto a router: decoded, applied, counted."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -8,13 +9,13 @@ from hypothesis import strategies as st
 from kv_wire import ENCODINGS, batch, cleared, removed, stored
 
 from mulsched import Namespace, Router, block_keys
-from mulsched.events import apply_batch, content_key, decode_sglang, decode_vllm
+from mulsched.events import apply_batch, content_key, decode_dynamo, decode_sglang, decode_vllm
 
 PROMPT = list(range(100, 117))
 
 
-def router_after(*events, decode=decode_vllm, counts=None, **options):
-    router = Router(block_size=4)
+def router_after(*events, decode=decode_vllm, counts=None, tier_cost_ratio=None, **options):
+    router = Router(block_size=4, tier_cost_ratio=tier_cost_ratio)
     router.add_instance("gpu-0")
     apply_batch(router, decode(batch(*events, **options), "gpu-0"), Counter() if counts is None else counts)
     return router
@@ -54,6 +55,51 @@ def test_copies_in_lower_tiers_do_not_count():
     router = router_after(stored([1], PROMPT[:4], medium="CPU"), removed([1], medium="CPU"), counts=counts)
     assert (hit(router), counts["events_of_other_media"], counts["blocks_stored"]) == (0, 2, 0)
     assert hit(router_after(WHOLE, removed([1], medium="CPU"))) == 16
+
+
+@pytest.mark.parametrize(
+    ("decode", "names"),
+    [
+        (decode_vllm, ("CPU", "STORAGE")),
+        (decode_sglang, ("CPU_PINNED", "DISK")),
+        (decode_sglang, ("CPU", "DISK")),
+    ],
+)
+def test_copies_in_tiers_that_the_router_counts_are_loaded(decode, names):
+    counts = Counter()
+    cpu, disk = names
+    router = router_after(
+        WHOLE,
+        stored([1, 2, 3], PROMPT[:12], medium=cpu),
+        stored([4], PROMPT[12:16], 3, medium=disk),
+        removed([2, 4]),
+        removed([1], medium=cpu),
+        stored([1], PROMPT[:4], medium="REMOTE"),
+        decode=decode,
+        counts=counts,
+        tier_cost_ratio={"CPU": 0.1, "DISK": 0.5},
+    )
+    decision = router.select(PROMPT)
+    assert (decision.hit_tokens, decision.lower_tier_tokens, decision.new_prefill_tokens) == (4, 12, 4)
+    assert {name: n for name, n in counts.items() if n} == {
+        "blocks_stored": 4, "blocks_removed": 2, "lower_tier_blocks_stored": 4, "lower_tier_blocks_removed": 1,
+        "events_of_other_media": 1,
+    }  # fmt: skip
+
+
+def test_a_clearing_clears_the_tiers_too():
+    router = router_after(stored([1], PROMPT[:4], medium="CPU"), cleared(), tier_cost_ratio={"CPU": 0})
+    assert router.select(PROMPT).lower_tier_tokens == 0
+
+
+def test_dynamos_host_tier_is_the_cpu():
+    router = Router(block_size=4, tier_cost_ratio={"CPU": 0.25})
+    router.add_instance("gpu-0")
+    blocks = [{"block_hash": 9, "tokens_hash": int(block_keys(PROMPT, 4)[0])}]
+    event = {"event_id": 1, "data": {"stored": {"parent_hash": None, "blocks": blocks}}}
+    payload = json.dumps({"worker_id": 1, "storage_tier": "host_pinned", "event": event}).encode()
+    apply_batch(router, decode_dynamo(payload, "gpu-0", block_size=4), Counter())
+    assert router.select(PROMPT).lower_tier_tokens == 4
 
 
 def test_an_adapters_blocks_are_found_by_its_requests_only():
