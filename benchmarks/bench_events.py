@@ -1,8 +1,9 @@
 """KV events: decoded, and decoded and applied to a router.
 
-Blocks of 16 tokens with ids below 150,000 and engine hashes of 64 bits; messages of 64 blocks, in events of
-64 blocks (a prefill) or of one (answers that grow). ``blocks`` in ``extra_info`` is what a round handles.
-Dynamo's RadixTree (marker ``peers``) gets the same blocks ready hashed, as its own JSON.
+Blocks of 16 tokens with ids below 150,000 and engine hashes of 64 bits, with the fields that vLLM writes:
+128 requests that grow in turns, as those of a batch that decodes do. ``blocks`` in ``extra_info`` is what a
+round handles; blocks a second by CPU time come with ``--benchmark-timer=time.process_time``. Dynamo's
+RadixTree (marker ``peers``) gets the same blocks ready hashed, as its own JSON.
 """
 
 import importlib
@@ -25,27 +26,31 @@ FIELDS = (
     "lora_id",
     "medium",
     "lora_name",
+    "extra_keys",
+    "group_idx",
 )
-MESSAGE_BLOCKS = 64
+REQUESTS = 128
 
 
-def stores(n_blocks, event_blocks):
-    """The fields of BlockStored events of prompts that share nothing."""
+def stores(n_events, event_blocks):
+    """The fields of BlockStored events of requests that share nothing."""
     rng = random.Random(1)
-    for _ in range(0, n_blocks, event_blocks):
+    parents = [None] * REQUESTS
+    for n in range(n_events):
         hashes = [rng.getrandbits(64) for _ in range(event_blocks)]
         tokens = [rng.randrange(150_000) for _ in range(16 * event_blocks)]
-        yield ["BlockStored", hashes, None, tokens, 16, None, "GPU", None]
+        parent, parents[n % REQUESTS] = parents[n % REQUESTS], hashes[-1]
+        yield ["BlockStored", hashes, parent, tokens, 16, None, "GPU", None, [None] * event_blocks, 0]
 
 
-def messages(n_blocks, event_blocks, encoding):
-    events = list(stores(n_blocks, event_blocks))
+def messages(n_blocks, event_blocks, message_events, encoding="map"):
+    n_messages = -(-n_blocks // (event_blocks * message_events))
+    events = list(stores(n_messages * message_events, event_blocks))
     if encoding == "map":
         events = [dict(zip(FIELDS, event, strict=True)) for event in events]
-    per_message = MESSAGE_BLOCKS // event_blocks
     return [
-        msgspec.msgpack.encode([1.0, events[i : i + per_message], 0])
-        for i in range(0, len(events), per_message)
+        msgspec.msgpack.encode([1.0, events[i : i + message_events], 0])
+        for i in range(0, len(events), message_events)
     ]
 
 
@@ -55,13 +60,14 @@ def fresh_router():
     return (router,), {}
 
 
-@pytest.mark.parametrize("event_blocks", [64, 1])
+@pytest.mark.parametrize("message_events", [1, 16, 128])
+@pytest.mark.parametrize("event_blocks", [1, 4, 16, 64, 512])
 @pytest.mark.parametrize("encoding", ["map", "array"])
 @pytest.mark.parametrize("what", ["decode", "decode and apply"])
 @pytest.mark.benchmark(group="events")
-def bench_events(benchmark, quick, what, encoding, event_blocks):
-    n_blocks = 640 if quick else 64_000 if event_blocks == 64 else 6_400
-    payloads = messages(n_blocks, event_blocks, encoding)
+def bench_events(benchmark, quick, what, encoding, event_blocks, message_events):
+    payloads = messages(640 if quick else 16_384, event_blocks, message_events, encoding)
+    n_blocks = len(payloads) * event_blocks * message_events
     benchmark.extra_info["blocks"] = n_blocks
 
     def decode(router):
@@ -85,9 +91,9 @@ def bench_dynamo_radix_tree(benchmark, quick, event_blocks):
     dynamo = importlib.import_module("dynamo.llm")
     n_blocks = 640 if quick else 64_000 if event_blocks == 64 else 6_400
     payloads = [
-        json.dumps({"event_id": n, "data": {"stored": {"parent_hash": None, "blocks": [
+        json.dumps({"event_id": n, "data": {"stored": {"parent_hash": event[2], "blocks": [
             {"block_hash": h, "tokens_hash": h} for h in event[1]]}}}).encode()
-        for n, event in enumerate(stores(n_blocks, event_blocks))
+        for n, event in enumerate(stores(n_blocks // event_blocks, event_blocks))
     ]  # fmt: skip
     benchmark.extra_info["blocks"] = n_blocks
 

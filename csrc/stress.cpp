@@ -1,5 +1,5 @@
 // Stress test of the native core without Python: random operations against sets of prefixes, readers beside
-// a writer, and allocations that fail. Built by CI with -fsanitize=address,undefined and with -fsanitize=thread.
+// a writer, broken messages, and allocations that fail. Built by CI with -fsanitize=address,undefined and with -fsanitize=thread.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -7,8 +7,10 @@
 #include <new>
 #include <random>
 #include <set>
+#include <string>
 #include <thread>
 
+#include "kv_events.hpp"
 #include "select.hpp"
 #include "xxh3.hpp"
 
@@ -84,6 +86,14 @@ void compare(const PrefixIndex& index, const std::vector<Model>& models, const P
   require(broken.empty(), broken.c_str());
 }
 
+std::int64_t store_by_run(PrefixIndex& index, mulsched::Row row, bool has_parent, std::uint64_t parent,
+                          const std::vector<std::uint64_t>& hashes, const Path& path) {
+  using mulsched::KvKind;
+  const mulsched::KvEvent event{has_parent ? KvKind::kAfterParent : KvKind::kStart, path.size(), parent};
+  const PrefixIndex::Applied applied = index.apply_run(row, &event, 1, hashes.data(), path.data(), true);
+  return applied.stores_refused == 1 ? PrefixIndex::kUnknownParent : applied.blocks_stored;
+}
+
 void against_model(std::uint64_t seed, int steps) {
   std::mt19937_64 rng(seed);
   PrefixIndex index;
@@ -108,8 +118,9 @@ void against_model(std::uint64_t seed, int steps) {
           const std::uint64_t parent = rng() % 12;
           const bool has_parent = rng() % 2 == 0;
           const auto found = model.names.find(parent);
-          const std::int64_t stored =
-              index.store_named(row, has_parent, parent, hashes.data(), path.data(), path.size());
+          const std::int64_t stored = rng() % 2 == 0
+              ? index.store_named(row, has_parent, parent, hashes.data(), path.data(), path.size())
+              : store_by_run(index, row, has_parent, parent, hashes, path);
           require((stored == PrefixIndex::kUnknownParent) == (has_parent && found == model.names.end()),
                   "parent");
           if (stored == PrefixIndex::kUnknownParent) break;
@@ -254,6 +265,39 @@ void hash_all_lengths() {
   require(sum != 0, "hash");
 }
 
+// Messages with bytes changed anywhere, each in a buffer that ends where it ends.
+std::size_t broken_messages(int rounds) {
+  const std::string head("\x93\xcb\0\0\0\0\0\0\0\0\xdc\0\3", 13);
+  const std::string stored =
+      "\x89\xa4type\xab" "BlockStored\xac" "block_hashes\x92\x07\xcf\1\2\3\4\5\6\7\x08\xb1parent_block_hash\xd0\xff"
+      "\xa9token_ids\x98\1\2\xcd\1\1\xce\1\1\1\1\5\6\7\x08\xaa" "block_size\4\xa6medium\xa3" "CPU\xa9lora_name\xa1l"
+      "\xaa" "extra_keys\x92\xc0\xc0\xa5later\x81\xa1" "a\x91\xca\1\2\3\4";
+  const std::string removed = "\x93\xac" "BlockRemoved\x92\x07\xe0\xc0";
+  const std::string whole = head + stored + removed + "\x92\xa5Other\xc4\2\1\2" + "\xc0";
+  std::mt19937_64 rng(11);
+  std::size_t split = 0;
+  for (int round = 0; round < rounds; ++round) {
+    std::string message = whole;
+    for (std::uint64_t n = rng() % 3; n > 0; --n) message[rng() % message.size()] = static_cast<char>(rng());
+    if (rng() % 4 == 0) message.resize(rng() % message.size());
+    const std::vector<std::uint8_t> exact(message.begin(), message.end());
+    mulsched::KvBatch batch;
+    if (!batch.split(exact.data(), exact.size(), 0)) continue;
+    ++split;
+    std::size_t end = 0, events = 0, hashes = 0;
+    std::uint64_t blocks = 0;
+    for (const mulsched::KvPart& part : batch.parts) {
+      require(part.begin >= end && part.end > part.begin && part.end <= exact.size(), "a part's place");
+      end = part.end;
+      events += part.n_events;
+      hashes += part.n_hashes;
+    }
+    for (const mulsched::KvEvent& event : batch.events) blocks += event.n_blocks;
+    require(events == batch.events.size() && hashes == blocks, "a run's arrays");
+  }
+  return split;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -261,6 +305,8 @@ int main(int argc, char** argv) {
   hash_all_lengths();
   for (int round = 0; round < rounds; ++round) against_model(static_cast<std::uint64_t>(round), 400);
   readers_and_a_writer();
+  const std::size_t split = broken_messages(2000 * rounds);
+  require(split > 0, "no message is split");
   const int failed = failing_allocations();
   require(failed > 10, "no allocation failed");
   std::printf("stress: %d rounds agree with the model, %d failed changes did no harm\n", rounds, failed);

@@ -18,6 +18,7 @@ from libc.string cimport memcpy
 from libcpp cimport bool as cbool
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
+from libcpp.string_view cimport string_view
 from libcpp.vector cimport vector
 
 import operator
@@ -49,7 +50,34 @@ cdef extern from "xxh3.hpp" namespace "mulsched" nogil:
 
 cdef extern from "msgpack_integers.hpp" namespace "mulsched" nogil:
     cbool read_array_header(const uint8_t*, size_t, size_t&, size_t&) noexcept
-    cbool read_integers[Word](const uint8_t*, size_t, size_t, size_t, Word*) noexcept
+    size_t read_integers[Word](const uint8_t*, size_t, size_t, size_t, Word*) noexcept
+
+cdef extern from "kv_event.hpp" namespace "mulsched" nogil:
+    enum class KvKind "mulsched::KvKind":
+        kStart, kAfterParent, kRemoved
+
+    cdef cppclass CKvEvent "mulsched::KvEvent":
+        KvKind kind
+        uint64_t n_blocks, parent
+
+cdef extern from "kv_events.hpp" namespace "mulsched" nogil:
+    cdef cppclass CKvPart "mulsched::KvPart":
+        cbool plain
+        size_t begin, end, n_events, n_hashes, n_tokens
+        string_view medium, lora_name
+        uint64_t block_size, lora_id
+
+    const uint64_t kNoId "mulsched::KvBatch::kNoId"
+
+    cdef cppclass CKvBatch "mulsched::KvBatch":
+        double timestamp
+        uint64_t rank
+        size_t ignored
+        vector[CKvPart] parts
+        vector[CKvEvent] events
+        const uint64_t* hashes()
+        const uint32_t* tokens()
+        cbool split(const uint8_t*, size_t, uint64_t) except +
 
 cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
     cdef cppclass CMemory "mulsched::PrefixTree::Memory":
@@ -59,6 +87,9 @@ cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
         uint32_t start
         vector[uint64_t] keys
         vector[uint32_t] rows
+
+    cdef cppclass CApplied "mulsched::PrefixIndex::Applied":
+        int64_t blocks_stored, stores_refused, blocks_removed, blocks_known
 
     cdef cppclass CPrefixIndex "mulsched::PrefixIndex":
         CPrefixIndex() except +
@@ -73,6 +104,8 @@ cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
             uint32_t, const uint64_t*, size_t, const uint64_t*, const uint64_t*, size_t, cbool) except +
         vector[uint64_t] path(uint32_t, uint64_t) except +
         int64_t remove_named(uint32_t, const uint64_t*, size_t) except +
+        CApplied apply_run(
+            uint32_t, const CKvEvent*, size_t, const uint64_t*, const uint64_t*, cbool) except +
         int64_t discard(uint32_t, const uint64_t*, size_t, size_t) except +
         void match(const uint64_t*, size_t, int64_t*, size_t) noexcept
         void match_from(const uint64_t*, size_t, int64_t*, size_t) noexcept
@@ -339,8 +372,7 @@ def unpack_uint64(data):
 cdef object unpack(object data, object dtype):
     cdef Py_buffer view, out
     cdef const uint8_t* start
-    cdef size_t count = 0, begin = 0, size
-    cdef cbool read
+    cdef size_t count = 0, begin = 0, size, end
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
         start = <const uint8_t*> view.buf
@@ -350,11 +382,65 @@ cdef object unpack(object data, object dtype):
         words = new_array(count, dtype)
         PyObject_GetBuffer(words, &out, PyBUF_WRITABLE)
         if out.itemsize == 4:
-            read = read_integers[uint32_t](start, size, begin, count, <uint32_t*> out.buf)
+            end = read_integers[uint32_t](start, size, begin, count, <uint32_t*> out.buf)
         else:
-            read = read_integers[uint64_t](start, size, begin, count, <uint64_t*> out.buf)
+            end = read_integers[uint64_t](start, size, begin, count, <uint64_t*> out.buf)
         PyBuffer_Release(&out)
-        return words if read else None
+        return words if end == size else None
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef object array_of(const void* items, size_t count, size_t item_bytes, object shape, object dtype):
+    cdef Py_buffer out
+    array = new_array(shape, dtype)
+    PyObject_GetBuffer(array, &out, PyBUF_WRITABLE)
+    memcpy(out.buf, items, count * item_bytes)
+    PyBuffer_Release(&out)
+    return array
+
+
+cdef object text_or_none(string_view text):
+    return text.data()[:text.size()].decode("ascii") if text.size() > 0 else None
+
+
+def split_kv_events(data, uint64_t group_idx):
+    """Return (timestamp, rank, ignored events, parts) of a batch, or None for what is framed in another way.
+
+    A part is a run of plain events (medium, lora_name, lora_id, block_size, table, block_hashes, token_ids),
+    as in ``mulsched.types.EventRun``, or the place (begin, end) of an event that is not plain.
+    """
+    cdef Py_buffer view
+    cdef CKvBatch batch
+    cdef CKvPart* part
+    cdef CKvEvent* events
+    cdef const uint64_t* hashes
+    cdef const uint32_t* tokens
+    cdef size_t i
+    cdef list parts = []
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if not batch.split(<const uint8_t*> view.buf, <size_t> view.len, group_idx):
+            return None
+        events, hashes, tokens = batch.events.data(), batch.hashes(), batch.tokens()
+        for i in range(batch.parts.size()):
+            part = &batch.parts[i]
+            if not part.plain:
+                parts.append((part.begin, part.end))
+                continue
+            parts.append((
+                text_or_none(part.medium),
+                text_or_none(part.lora_name),
+                None if part.lora_id == kNoId else part.lora_id,
+                part.block_size,
+                array_of(events, part.n_events, sizeof(CKvEvent), (part.n_events, 3), uint64_dtype),
+                array_of(hashes, part.n_hashes, sizeof(uint64_t), part.n_hashes, uint64_dtype),
+                array_of(tokens, part.n_tokens, sizeof(uint32_t), part.n_tokens, uint32_dtype),
+            ))
+            events += part.n_events
+            hashes += part.n_hashes
+            tokens += part.n_tokens
+        return batch.timestamp, None if batch.rank == kNoId else batch.rank, batch.ignored, parts
     finally:
         PyBuffer_Release(&view)
 
@@ -472,6 +558,42 @@ cdef class PrefixIndex:
         with nogil:  # without a copy: each name is looked up once, so one that changes meanwhile does no harm
             known = self.index.get().remove_named(row, names, n)
         return known
+
+    def apply_run(self, uint32_t row, table, hashes, keys, cbool counts_copies=True):
+        """Store and remove in turn; return blocks stored, stores refused, blocks removed and known."""
+        cdef Words events = words_of(table, PyBUF_SIMPLE, 2), named = words_of(hashes), path = words_of(keys)
+        cdef const uint64_t* names = <const uint64_t*> named.view.buf
+        cdef const uint64_t* blocks = <const uint64_t*> path.view.buf
+        cdef const CKvEvent* first = <const CKvEvent*> events.view.buf
+        cdef size_t n = events.length(), n_hashes = 0, n_keys = 0, i
+        cdef CApplied applied
+        cdef vector[CKvEvent] run
+        cdef vector[uint64_t] copied
+        if events.view.shape[1] != 3:
+            raise ValueError(f"a table of 3 columns expected, got {events.view.shape[1]}")
+        run.assign(first, first + n)  # first, so that what is checked is what is used
+        for i in range(n):
+            if <uint64_t> run[i].kind > <uint64_t> KvKind.kRemoved:
+                raise ValueError(f"a kind of event in 0..2 expected, got {<uint64_t> run[i].kind}")
+            if run[i].n_blocks > named.length() - n_hashes:
+                break
+            n_hashes += run[i].n_blocks
+            if run[i].kind != KvKind.kRemoved:
+                n_keys += run[i].n_blocks
+        else:
+            i = n
+        if i < n or n_hashes != named.length() or n_keys != path.length():
+            raise ValueError("as many hashes as the events have blocks and as many keys as they store expected, "
+                             f"got {named.length()} and {path.length()}")
+        if n_hashes <= STORE_BLOCKS_WITH_GIL:
+            applied = self.index.get().apply_run(row, run.data(), n, names, blocks, counts_copies)
+        else:
+            copied.assign(names, names + n_hashes)
+            copied.insert(copied.end(), blocks, blocks + n_keys)
+            with nogil:
+                applied = self.index.get().apply_run(
+                    row, run.data(), n, copied.data(), copied.data() + n_hashes, counts_copies)
+        return applied.blocks_stored, applied.stores_refused, applied.blocks_removed, applied.blocks_known
 
     def discard(self, uint32_t row, keys, size_t start):
         """Stop holding blocks start and later of the path on an unnamed row; return how many were held."""

@@ -31,6 +31,7 @@ from mulsched.types import Keys
 __all__ = ["PrefixIndexPy"]
 
 UNKNOWN_PARENT = -1
+_AFTER_PARENT, _REMOVED = 1, 2  # kinds of event in a run
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -416,6 +417,29 @@ class PrefixIndexPy:
         return known
 
     @_exclusive
+    def apply_run(
+        self, row: int, table: NDArray[np.uint64], hashes: Keys, keys: Keys, counts_copies: bool = True
+    ) -> tuple[int, int, int, int]:
+        """Store and remove in turn; return blocks stored, stores refused, blocks removed and known."""
+        _check_run(table, len(hashes), len(keys))
+        stored = refused = removed = known = n_hashes = n_keys = 0
+        for kind, n_blocks, parent in table.tolist():
+            named = hashes[n_hashes : n_hashes + n_blocks]
+            n_hashes += n_blocks
+            if kind == _REMOVED:
+                removed += n_blocks
+                known += self.remove_named(row, named)
+                continue
+            path = keys[n_keys : n_keys + n_blocks]
+            n_keys += n_blocks
+            after = parent if kind == _AFTER_PARENT else None
+            if self.store_named(row, after, named, path, counts_copies) == UNKNOWN_PARENT:
+                refused += 1
+            else:
+                stored += n_blocks
+        return stored, refused, removed, known
+
+    @_exclusive
     def discard(self, row: int, keys: Keys, start: int) -> int:
         """Stop holding blocks start and later of the path on an unnamed row; return how many were held."""
         tree = self._tree
@@ -621,6 +645,22 @@ class PrefixIndexPy:
             if offset > 0:
                 node = self._tree.split(node, offset)
             self._tree.drop_holder(node, row)
+
+
+def _check_run(table: NDArray[np.uint64], n_hashes: int, n_keys: int) -> None:
+    """Raise ValueError unless the table speaks of as many blocks."""
+    if table.shape[1] != 3:
+        raise ValueError(f"a table of 3 columns expected, got {table.shape[1]}")
+    events = table.tolist()
+    for kind, _, _ in events:
+        if kind > _REMOVED:
+            raise ValueError(f"a kind of event in 0..2 expected, got {kind}")
+    stored = sum(n_blocks for kind, n_blocks, _ in events if kind != _REMOVED)
+    if sum(n_blocks for _, n_blocks, _ in events) != n_hashes or stored != n_keys:
+        raise ValueError(
+            "as many hashes as the events have blocks and as many keys as they store expected, "
+            f"got {n_hashes} and {n_keys}"
+        )
 
 
 def _add_one(counts: dict[T, int], key: T) -> None:

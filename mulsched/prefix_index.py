@@ -25,7 +25,7 @@ from mulsched.errors import (
     UnknownBlock,
     UnknownInstance,
 )
-from mulsched.types import EngineHash, Keys
+from mulsched.types import EngineHash, Keys, RunApplied
 
 __all__ = ["Backend", "PrefixIndex", "as_hashes", "as_keys"]
 
@@ -71,6 +71,15 @@ class Backend(Protocol):
 
     def remove_named(self, row: int, hashes: Keys) -> int:
         """Take a copy of each name, and with its last copy the name; how many were known."""
+
+    def apply_run(
+        self, row: int, table: NDArray[np.uint64], hashes: Keys, keys: Keys, counts_copies: bool = True
+    ) -> tuple[int, int, int, int]:
+        """Do ``store_named`` and ``remove_named`` event by event; the numbers of a ``RunApplied``.
+
+        ``table`` is that of ``mulsched.types.EventRun``. ValueError, and nothing done, if it does not fit the
+        hashes (of all events) and keys (of the stores).
+        """
 
     def discard(self, row: int, keys: Keys, start: int) -> int:
         """Stop holding the blocks ``keys[start:]`` of the path on an unnamed row; how many were held."""
@@ -356,6 +365,36 @@ class PrefixIndex:
             known = self._tree.remove_named(row, hashes)
             self.removed_unknown += len(hashes) - known
             return known
+
+    def apply_run(
+        self,
+        instance: str,
+        table: NDArray[np.uint64],
+        engine_hashes: NDArray[np.uint64],
+        keys: Keys,
+        *,
+        counts_copies: bool = True,
+    ) -> RunApplied:
+        """Store and remove on a named instance as the events in ``table`` say; see ``EventRun``.
+
+        The same as ``store`` and ``remove`` for one event after the other, except that a store whose parent
+        is unknown is counted instead of raised. ``engine_hashes`` are of all events, ``keys`` of the stores.
+        O(D + W) amortised. Raises UnknownInstance, InvalidType, InvalidArgument (also for a table that does
+        not fit); nothing is changed then.
+        """
+        path, hashes = as_keys(keys), as_keys(engine_hashes, "engine_hashes")
+        if not isinstance(table, np.ndarray) or table.dtype != np.uint64 or table.ndim != 2:
+            raise InvalidType(f"table must be an array of uint64 with 2 dimensions, got {table!r}")
+        events = table if table.flags.carray else np.require(table, requirements=("C", "A"))
+        with self._lock:
+            row = self._row_of(instance, "named")
+            try:
+                counted = self._tree.apply_run(row, events, hashes, path, counts_copies)
+            except ValueError as error:
+                raise InvalidArgument(str(error)) from None
+            applied = RunApplied._make(counted)
+            self.removed_unknown += applied.blocks_removed - applied.blocks_known
+            return applied
 
     def discard(self, instance: str, keys: Keys, *, start: int = 0) -> int:
         """Stop holding blocks ``start`` and later of the path ``keys``; return how many were held.

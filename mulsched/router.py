@@ -42,10 +42,12 @@ from mulsched.types import (
     BlockStored,
     CacheCleared,
     Event,
+    EventRun,
     InstanceRemoved,
     Keys,
     Namespace,
     Request,
+    RunApplied,
 )
 
 if BACKEND == "native":
@@ -617,13 +619,43 @@ class Router:
                 raise InvalidType(f"an engine event expected, got {type(event).__name__}")
             return []
 
+    def apply_run(self, run: EventRun) -> RunApplied:
+        """Apply a run's events in order, as ``apply`` would; return what became of them.
+
+        A store whose parent is not held there is counted and not raised, and those after it are applied.
+        Raises UnknownInstance, BlockSizeMismatch, InvalidArgument (a medium other than the GPU, a cache salt,
+        arrays that do not fit each other), InvalidType; nothing is changed then.
+        """
+        with self._lock:
+            self._index.row(run.instance)
+            if run.medium != "GPU" or (run.namespace is not None and run.namespace.cache_salt is not None):
+                raise InvalidArgument(
+                    f"a run on the GPU without a cache salt expected, got {run.medium!r}, {run.namespace!r}"
+                )
+            n_tokens, size = len(run.token_ids), self._block_size
+            if n_tokens > 0 and run.block_size != size:
+                raise self._block_size_mismatch(run)
+            if n_tokens % size != 0:
+                raise InvalidArgument(f"whole blocks of {size} token_ids expected, got {n_tokens}")
+            keys = block_keys(run.token_ids, size, namespace=run.namespace, seed=self._key_seed)
+            if run.instance in self._predicted:
+                if all(kind == 1 for kind in run.table[:, 0]):  # such stores alone say nothing of the cache
+                    return RunApplied(0, len(run), 0, 0)
+                self._observe(run.instance)
+            return self._index.apply_run(
+                run.instance, run.table, run.block_hashes, keys, counts_copies=run.counts_copies
+            )
+
+    def _block_size_mismatch(self, event: BlockStored | EventRun) -> BlockSizeMismatch:
+        return BlockSizeMismatch(
+            f"instance {event.instance!r} stores blocks of {event.block_size!r} tokens, "
+            f"the router's are {self._block_size}"
+        )
+
     def _apply_stored(self, event: BlockStored) -> None:
         self._index.row(event.instance)
         if event.block_size != self._block_size:
-            raise BlockSizeMismatch(
-                f"instance {event.instance!r} stores blocks of {event.block_size!r} tokens, "
-                f"the router's are {self._block_size}"
-            )
+            raise self._block_size_mismatch(event)
         hashes = as_hashes(event.block_hashes)
         keys = self._event_keys(event, len(hashes))
         if event.parent_hash is not None:

@@ -1,7 +1,8 @@
 """Values that cross the library's edge: namespaces, requests, and engine events."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +13,12 @@ __all__ = [
     "CacheCleared",
     "EngineHash",
     "Event",
+    "EventRun",
     "InstanceRemoved",
     "Keys",
     "Namespace",
     "Request",
+    "RunApplied",
 ]
 
 Keys = NDArray[np.uint64]
@@ -97,6 +100,64 @@ class InstanceRemoved:
     """An instance is gone, with its cache and its queue."""
 
     instance: str
+
+
+class RunApplied(NamedTuple):
+    """What became of the events of a run."""
+
+    blocks_stored: int
+    stores_refused: int
+    """Events, not blocks, whose parent was unknown."""
+    blocks_removed: int
+    blocks_known: int
+    """How many of those removed had been known."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventRun:
+    """Stores and removals of one instance on one medium, in order, in arrays: many for the price of one.
+
+    ``table`` has shape ``(n_events, 3)``, uint64: what an event is (0: blocks that start a prompt, 1: blocks
+    after a parent, 2: a removal), how many blocks it has, and the parent's hash. ``block_hashes``: of all
+    events, shape ``(n_blocks,)``; ``token_ids``: of all stores, ``block_size`` a block, uint32. The rest is
+    as in ``BlockStored`` and true of all stores; the namespace has no cache salt. Iterating makes the events
+    one by one, with the hashes as words of 64 bits.
+    """
+
+    instance: str
+    table: NDArray[np.uint64]
+    block_hashes: Keys
+    token_ids: NDArray[np.uint32]
+    block_size: int
+    namespace: Namespace | None = None
+    medium: str = "GPU"
+    counts_copies: bool = True
+
+    def __len__(self) -> int:
+        """Return how many events there are."""
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[BlockStored | BlockRemoved]:
+        """Make the events."""
+        at = token = 0
+        for kind, n_blocks, parent in self.table.tolist():
+            hashes = self.block_hashes[at : at + n_blocks]
+            at += n_blocks
+            if kind == 2:
+                yield BlockRemoved(self.instance, hashes, self.medium)
+                continue
+            tokens = self.token_ids[token : token + n_blocks * self.block_size]
+            token += len(tokens)
+            yield BlockStored(
+                self.instance,
+                hashes,
+                parent if kind == 1 else None,
+                self.block_size,
+                tokens,
+                namespace=self.namespace,
+                medium=self.medium,
+                counts_copies=self.counts_copies,
+            )
 
 
 Event = BlockStored | BlockRemoved | CacheCleared | InstanceRemoved

@@ -11,15 +11,15 @@ arrays.
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mulsched._backend import BACKEND
 from mulsched.errors import InvalidEvents, InvalidType, MissingExtra
-from mulsched.events.batch import EventBatch, KvEvent, content_key, medium_name
-from mulsched.types import BlockRemoved, BlockStored, CacheCleared, EngineHash, Namespace
+from mulsched.events.batch import EventBatch, KvEvent, PackedEvents, content_key, medium_name
+from mulsched.types import BlockRemoved, BlockStored, CacheCleared, EngineHash, EventRun, Namespace
 
 try:
     import msgspec
@@ -27,15 +27,16 @@ except ImportError as error:
     raise MissingExtra("KV events need msgspec: pip install 'mulsched[events]'") from error
 
 if BACKEND == "native":
-    from mulsched._native import unpack_uint32, unpack_uint64
+    from mulsched._native import split_kv_events, unpack_uint32, unpack_uint64
 else:
-    from mulsched.events._msgpack_integers_py import unpack_uint32, unpack_uint64
+    from mulsched.events._msgpack_integers_py import split_kv_events, unpack_uint32, unpack_uint64
 
 __all__ = ["decode"]
 
 Hash = int | bytes
 Raw = msgspec.Raw
 _UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+_BYTES = (bytes, bytearray, memoryview)
 _KNOWN = ("BlockStored", "BlockRemoved", "AllBlocksCleared")
 
 
@@ -155,36 +156,103 @@ _Read = WireEvent | _Malformed | None  # None: of a type that is not known
 
 def decode(payload: bytes, instance: str, *, group_idx: int, counts_copies: bool) -> EventBatch:
     """Return the events of a batch. O(bytes). Raises InvalidEvents (the batch itself cannot be read)."""
-    if not isinstance(payload, bytes | bytearray | memoryview):
+    if not isinstance(payload, _BYTES):
         raise InvalidType(f"payload must be bytes, got {type(payload).__name__}")
-    batch, read = _read(payload)
-    events: list[KvEvent] = []
-    removed: list[tuple[str, Any]] = []  # a run of removals, which are often of one block each
-    unknown = ignored = malformed = 0
-    removals_lost = False
-    for event in read:
+    said = _Said(instance, group_idx, counts_copies)
+    split = split_kv_events(payload, group_idx) if 0 <= group_idx < 2**31 else None
+    if split is None:
+        batch, read = _read(payload)
+        for event in read:
+            said.add(event)
+        return said.batch(batch.ts, batch.data_parallel_rank)
+    timestamp, rank, said.ignored, parts = split
+    for part in parts:
+        if len(part) == 2:
+            begin, end = part
+            said.add(_read_event(memoryview(payload)[begin:end]))
+        else:
+            said.add_run(*part)
+    return said.batch(timestamp, rank)
+
+
+class _Said:
+    """What a batch has said so far."""
+
+    def __init__(self, instance: str, group_idx: int, counts_copies: bool) -> None:
+        self._instance = instance
+        self._group_idx = group_idx
+        self._counts_copies = counts_copies
+        self._parts: list[KvEvent | EventRun] = []
+        self._removed: list[tuple[str, Any]] = []  # a run of removals, which are often of one block each
+        self.ignored = 0
+        self._unknown = self._malformed = 0
+        self._removals_lost = self._packed = False
+
+    def add(self, event: _Read) -> None:
         try:
             if event is None:
-                unknown += 1
+                self._unknown += 1
             elif isinstance(event, _Malformed):
                 raise event
             elif isinstance(event, StoredMap | StoredArray):
-                stored = _stored(event, instance, group_idx, counts_copies)
-                _end_run(removed, instance, events)
-                events.append(stored)
+                stored = _stored(event, self._instance, self._group_idx, self._counts_copies)
+                self._end_run()
+                self._parts.append(stored)
             elif isinstance(event, RemovedMap | RemovedArray):
-                _of_group(event.group_idx, group_idx)
-                removed.append((medium_name(event.medium), _hashes(event.block_hashes)))
+                _of_group(event.group_idx, self._group_idx)
+                self._removed.append((medium_name(event.medium), _hashes(event.block_hashes)))
             else:
-                _end_run(removed, instance, events)
-                events.append(CacheCleared(instance))
+                self._end_run()
+                self._parts.append(CacheCleared(self._instance))
         except _Ignored:
-            ignored += 1
+            self.ignored += 1
         except _Malformed as error:
-            malformed += 1
-            removals_lost = removals_lost or str(error) != "BlockStored"
-    _end_run(removed, instance, events)
-    return EventBatch(batch.ts, events, batch.data_parallel_rank, unknown, ignored, malformed, removals_lost)
+            self._malformed += 1
+            self._removals_lost = self._removals_lost or str(error) != "BlockStored"
+
+    def add_run(
+        self,
+        medium: str | None,
+        lora_name: str | None,
+        lora_id: int | None,
+        block_size: int,
+        table: NDArray[np.uint64],
+        hashes: NDArray[np.uint64],
+        tokens: NDArray[np.uint32],
+    ) -> None:
+        """Add what the core has read."""
+        self._end_run()
+        lora = _lora(lora_name, lora_id)
+        namespace = None if lora is None else Namespace(lora=lora)
+        name = medium_name(medium)
+        self._parts.append(
+            EventRun(self._instance, table, hashes, tokens, block_size, namespace, name, self._counts_copies)
+        )
+        self._packed = True
+
+    def batch(self, timestamp: float, rank: int | None) -> EventBatch:
+        self._end_run()
+        return EventBatch(
+            timestamp,
+            PackedEvents(self._parts) if self._packed else cast(list[KvEvent], self._parts),
+            rank,
+            self._unknown,
+            self.ignored,
+            self._malformed,
+            self._removals_lost,
+        )
+
+    def _end_run(self) -> None:
+        """Append a removal per medium and run of removed hashes."""
+        if not self._removed:
+            return
+        for medium, run in groupby(self._removed, key=itemgetter(0)):
+            parts = [hashes for _, hashes in run]
+            if all(isinstance(part, np.ndarray) for part in parts):
+                self._parts.append(BlockRemoved(self._instance, np.concatenate(parts), medium))
+            else:
+                self._parts.append(BlockRemoved(self._instance, [h for part in parts for h in part], medium))
+        self._removed.clear()
 
 
 def _is_map(data: Any) -> bool:
@@ -235,15 +303,8 @@ def _hashes(raw: msgspec.Raw) -> NDArray[np.uint64] | list[EngineHash]:
         raise _Malformed from None
 
 
-def _end_run(removed: list[tuple[str, Any]], instance: str, events: list[KvEvent]) -> None:
-    """Append a removal per medium and run of removed hashes."""
-    for medium, run in groupby(removed, key=itemgetter(0)):
-        parts = [hashes for _, hashes in run]
-        if all(isinstance(part, np.ndarray) for part in parts):
-            events.append(BlockRemoved(instance, np.concatenate(parts), medium))
-        else:
-            events.append(BlockRemoved(instance, [h for part in parts for h in part], medium))
-    removed.clear()
+def _lora(name: str | None, lora_id: int | None) -> str | None:
+    return str(lora_id) if name is None and lora_id is not None else name
 
 
 def _stored(
@@ -259,16 +320,15 @@ def _stored(
         raise _Malformed("BlockStored") from None
     if tokens is None or len(tokens) != len(hashes) * event.block_size:
         raise _Malformed("BlockStored")
-    lora = event.lora_name if isinstance(event.lora_name, str) else None
-    if lora is None and event.lora_id is not None:
-        lora = str(event.lora_id)
+    lora = _lora(event.lora_name if isinstance(event.lora_name, str) else None, event.lora_id)
+    parent = event.parent_block_hash
     salt, contents = event.cache_salt, None
     if event.extra_keys is not None:
         salt, contents = _extra_keys(event, len(hashes), lora)
     return BlockStored(
         instance,
         hashes,
-        event.parent_block_hash,
+        parent % 2**64 if isinstance(parent, int) else parent,
         event.block_size,
         tokens,
         None,

@@ -1,4 +1,4 @@
-"""The readable twin of the core's reader of integers in msgpack."""
+"""The readable twin of the core's readers of msgpack."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["unpack_uint32", "unpack_uint64"]
+__all__ = ["split_kv_events", "unpack_uint32", "unpack_uint64"]
 
 _decode = msgspec.msgpack.Decoder(list[int]).decode
 
@@ -30,3 +30,7 @@ def unpack_uint64(data: Any) -> NDArray[np.uint64] | None:
     """Return a msgpack array of integers as 64-bit words, also negative ones; None if data is not one."""
     numbers = _unpack(data)
     return None if numbers is None else np.array([n % 2**64 for n in numbers], dtype=np.uint64)
+
+
+def split_kv_events(data: Any, group_idx: int) -> None:
+    """Leave every batch to the decoder of single events."""

@@ -3,9 +3,9 @@
 from collections import Counter
 
 from mulsched.errors import MulschedError
-from mulsched.events.batch import EventBatch
+from mulsched.events.batch import EventBatch, KvEvent
 from mulsched.router import Router
-from mulsched.types import BlockStored, CacheCleared
+from mulsched.types import BlockStored, CacheCleared, EventRun
 
 __all__ = ["apply_batch"]
 
@@ -17,20 +17,39 @@ def apply_batch(router: Router, batch: EventBatch, counts: Counter[str]) -> None
     what came before it was not seen, ``BlockSizeMismatch``, ``InvalidTokens``. What the index holds is then
     less than what the engine has, and never more. O(blocks).
     """
-    for event in batch.events:
-        try:
-            router.apply(event)
-        except MulschedError as error:
-            counts[type(error).__name__] += 1
-            continue
-        if isinstance(event, CacheCleared):
-            counts["caches_cleared"] += 1
-            continue
-        if event.medium not in router.media:
-            counts["events_of_other_media"] += 1
-            continue
-        change = "blocks_stored" if isinstance(event, BlockStored) else "blocks_removed"
-        counts[change if event.medium == "GPU" else f"lower_tier_{change}"] += len(event.block_hashes)
+    for part in batch.parts:
+        if not isinstance(part, EventRun):
+            _apply_one(router, part, counts)
+        elif part.medium != "GPU" or not _apply_run(router, part, counts):
+            for event in part:
+                _apply_one(router, event, counts)
     counts["unknown_events"] += batch.unknown
     counts["ignored_events"] += batch.ignored
     counts["malformed_events"] += batch.malformed
+
+
+def _apply_run(router: Router, run: EventRun, counts: Counter[str]) -> bool:
+    """Apply a run at once; False, and nothing done, where some event of it must be refused by itself."""
+    try:
+        applied = router.apply_run(run)
+    except MulschedError:
+        return False
+    counts["blocks_stored"] += applied.blocks_stored
+    counts["blocks_removed"] += applied.blocks_removed
+    counts["UnknownBlock"] += applied.stores_refused
+    return True
+
+
+def _apply_one(router: Router, event: KvEvent, counts: Counter[str]) -> None:
+    try:
+        router.apply(event)
+    except MulschedError as error:
+        counts[type(error).__name__] += 1
+        return
+    if isinstance(event, CacheCleared):
+        counts["caches_cleared"] += 1
+    elif event.medium not in router.media:
+        counts["events_of_other_media"] += 1
+    else:
+        change = "blocks_stored" if isinstance(event, BlockStored) else "blocks_removed"
+        counts[change if event.medium == "GPU" else f"lower_tier_{change}"] += len(event.block_hashes)

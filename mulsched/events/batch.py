@@ -1,11 +1,12 @@
 """What a message of an engine says, in the types that a router applies."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from mulsched.types import BlockRemoved, BlockStored, CacheCleared
+from mulsched.types import BlockRemoved, BlockStored, CacheCleared, EventRun
 
-__all__ = ["EventBatch", "KvEvent", "content_key", "medium_name"]
+__all__ = ["EventBatch", "KvEvent", "PackedEvents", "content_key", "medium_name"]
 
 KvEvent = BlockStored | BlockRemoved | CacheCleared
 
@@ -13,6 +14,28 @@ KvEvent = BlockStored | BlockRemoved | CacheCleared
 # Dynamo device and host_pinned.
 _MEDIA = {"GPU": "GPU", "CPU": "CPU", "CPU_PINNED": "CPU", "CPU_TIER1": "CPU", "CPU_TIER2": "CPU",
           "DISK": "DISK", "STORAGE": "DISK", "DEVICE": "GPU", "HOST_PINNED": "CPU"}  # fmt: skip
+
+
+class PackedEvents(Sequence[KvEvent]):
+    """Events of which runs lie in arrays: whoever goes by ``parts`` makes no object for each of them."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Sequence[KvEvent | EventRun]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(len(part) if isinstance(part, EventRun) else 1 for part in self.parts)
+
+    def __iter__(self) -> Iterator[KvEvent]:
+        for part in self.parts:
+            if isinstance(part, EventRun):
+                yield from part
+            else:
+                yield part
+
+    def __getitem__(self, position: Any) -> Any:
+        return list(self)[position]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +57,11 @@ class EventBatch:
     malformed: int = 0
     removals_lost: bool = False
     event_ids: Sequence[int] = ()
+
+    @property
+    def parts(self) -> Sequence[KvEvent | EventRun]:
+        """The events, with runs of them in arrays where they came so."""
+        return self.events.parts if isinstance(self.events, PackedEvents) else self.events
 
 
 def medium_name(medium: str | None) -> str:

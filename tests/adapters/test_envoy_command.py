@@ -9,6 +9,7 @@ import sys
 
 import grpc
 import pytest
+from bounded import killed_after
 from test_envoy_server import ask, process
 
 from mulsched import Lifecycle, Router
@@ -40,7 +41,7 @@ def test_the_command_picks_until_it_is_stopped(options):
                 pass
             return picked
 
-    with started(*options) as process_:
+    with started(*options) as process_, killed_after(120, process_):
         try:
             port = int(re.search(r":(\d+), policy lmetric", process_.stdout.readline())[1])
             assert asyncio.run(asyncio.wait_for(one(port), 60)) == "127.0.0.1:81"
@@ -104,6 +105,6 @@ def test_an_endpoint_is_watched_by_its_metrics_and_its_events():
             await asyncio.sleep(0.005)
         writer.close()
         fleet.close()
-        await engine.stop()
+        await asyncio.wait_for(engine.stop(), 10)
 
     asyncio.run(asyncio.wait_for(run(), 30))

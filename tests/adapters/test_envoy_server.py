@@ -23,7 +23,7 @@ def serve(scenario, picker, **options):
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
                 await scenario(channel)
         finally:
-            await server.stop()
+            await asyncio.wait_for(server.stop(), 10)  # the bound below ends only what is above
 
     asyncio.run(asyncio.wait_for(run(), 30))
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_wire import ENCODINGS, as_array, batch, cleared, removed, stored
+from kv_wire import ENCODINGS, FIELDS, as_array, batch, cleared, removed, stored
 
+import mulsched
 from mulsched import BlockRemoved, BlockStored, CacheCleared, InvalidEvents, InvalidType, Namespace
-from mulsched.events import _msgpack_integers_py, content_key, decode_sglang, decode_vllm
-from mulsched.events._msgpack import unpack_uint32, unpack_uint64
+from mulsched.events import _msgpack, _msgpack_integers_py, content_key, decode_sglang, decode_vllm
+from mulsched.events._msgpack import split_kv_events, unpack_uint32, unpack_uint64
 
 TOKENS = [1, 200, 70_000, 3, 4, 5, 6, 2**32 - 1]
 
@@ -22,8 +23,25 @@ def plain(event):
     return type(event), {n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in fields.items()}
 
 
+def said(batch):
+    """A batch's events, those neighbours in one that remove from the same medium."""
+    events = []
+    for event in batch.events:
+        kind, fields = plain(event)
+        if (
+            events
+            and kind is BlockRemoved
+            and events[-1][0] is kind
+            and events[-1][1]["medium"] == event.medium
+        ):
+            events[-1][1]["block_hashes"] += fields["block_hashes"]
+        else:
+            events.append((kind, fields))
+    return events
+
+
 def events_of(*events, encoding="map", decode=decode_vllm, **options):
-    return [plain(event) for event in decode(batch(*events, encoding=encoding), "gpu-0", **options).events]
+    return said(decode(batch(*events, encoding=encoding), "gpu-0", **options))
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -62,7 +80,7 @@ def test_hashes_are_numbers_or_bytes(hashes, encoding):
 @pytest.mark.parametrize("parent", [None, 5, -5, b"\2" * 32])
 def test_a_parent_is_a_hash_or_none(parent):
     [(_, event)] = events_of(stored([7, 8], TOKENS, parent))
-    assert event["parent_hash"] == parent
+    assert event["parent_hash"] == (parent % 2**64 if isinstance(parent, int) else parent)
 
 
 def test_an_array_that_ends_early_has_the_defaults():
@@ -206,7 +224,7 @@ def test_both_encodings_may_be_in_one_batch():
 def test_a_store_that_cannot_be_read_costs_only_itself(event, encoding):
     decoded = decode_vllm(batch(removed([1]), event, removed([8]), encoding=encoding), "a")
     assert (decoded.malformed, decoded.removals_lost) == (1, False)
-    assert [plain(e) for e in decoded.events] == [plain(BlockRemoved("a", [1, 8]))]
+    assert said(decoded) == [plain(BlockRemoved("a", [1, 8]))]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +275,140 @@ def test_bytes_that_are_changed_anywhere_raise_nothing_else(noise, at, encoding)
     at %= len(whole)
     with contextlib.suppress(InvalidEvents):
         decode_vllm(whole[:at] + noise + whole[at + len(noise) :], "a")
+
+
+# -- what the core splits, and what it leaves to the decoder ------------------------------------------------------
+
+
+def whole(payload, decode):
+    """All that a payload says."""
+    try:
+        decoded = decode(payload, "a")
+    except InvalidEvents:
+        return "refused"
+    counts = decoded.unknown, decoded.ignored, decoded.malformed, decoded.removals_lost
+    return repr(decoded.timestamp), decoded.data_parallel_rank, counts, said(decoded)
+
+
+def unsplit(payload, decode):
+    """The same by the decoder of single events."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_msgpack, "split_kv_events", lambda data, group_idx: None)
+        return whole(payload, decode)
+
+
+SMALL = st.integers(0, 6)
+HASHES = st.lists(SMALL | st.sampled_from([-1, 2**64 - 1, b"x", 1.5]), max_size=4)
+ODD = st.sampled_from(
+    [None, 0, 1, 2, -1, 2**31, 2**40, "", "GPU", "CPU", "gpu", "\u00e9", b"\0", [], [None], [None, None], {}, {"a": [1]}, 1.5, True]
+)  # fmt: skip
+
+
+def a_store(hashes, parent, tokens, odd):
+    return stored(hashes, list(range(4 * len(hashes))) if tokens is None else tokens, parent, **odd)
+
+
+OPTIONAL = [*FIELDS["BlockStored"], "cache_salt", "later", "type"]
+STORES = st.builds(
+    a_store,
+    HASHES,
+    st.none() | SMALL | st.sampled_from([-3, b"p"]),
+    st.none() | st.just([]) | st.lists(ODD, max_size=4),
+    st.dictionaries(st.sampled_from(OPTIONAL), ODD, max_size=2),
+)
+REMOVALS = st.builds(
+    lambda hashes, odd: removed(hashes, **odd),
+    HASHES,
+    st.dictionaries(st.sampled_from(["medium", "group_idx", "later", "block_hashes"]), ODD, max_size=1),
+)
+PLAIN = st.builds(
+    lambda n, parent, medium: stored(
+        list(range(n)), list(range(4 * n)), parent, medium=medium, extra_keys=[None] * n
+    ),
+    st.integers(1, 3),
+    st.none() | SMALL,
+    st.sampled_from(["GPU", "GPU", None, "CPU"]),
+)
+EVENTS = PLAIN | STORES | REMOVALS | st.just(cleared()) | ODD
+
+
+def on_the_wire(event, encoding):
+    known = isinstance(event, dict) and event.get("type") in FIELDS
+    return as_array(event) if encoding == "array" and known else event
+
+
+MESSAGES = st.builds(
+    lambda events, encodings, head, tail: msgspec.msgpack.encode(
+        [head, [on_the_wire(e, c) for e, c in zip(events, encodings * len(events), strict=False)], *tail]
+    ),
+    st.lists(EVENTS, max_size=6),
+    st.lists(st.sampled_from(ENCODINGS), min_size=1, max_size=3),
+    st.sampled_from([1.0, 1.0, 1, "x"]),
+    st.lists(ODD, max_size=2),
+)
+
+
+@settings(deadline=None)
+@given(MESSAGES, st.sampled_from([decode_vllm, decode_sglang]))
+def test_splitting_a_message_changes_nothing_of_what_it_says(payload, decode):
+    assert whole(payload, decode) == unsplit(payload, decode)
+
+
+@settings(deadline=None)
+@given(MESSAGES, st.binary(max_size=6), st.integers(0, 400), st.booleans())
+def test_splitting_a_broken_message_changes_nothing_of_what_it_says(payload, noise, at, cut):
+    at %= len(payload)
+    payload = payload[:at] + noise + (b"" if cut else payload[at + len(noise) :])
+    assert whole(payload, decode_vllm) == unsplit(payload, decode_vllm)
+
+
+def test_what_an_engine_writes_is_split_and_not_decoded_event_by_event():
+    if mulsched.BACKEND == "native":
+        plain = {
+            "extra_keys": [None, None],
+            "group_idx": 0,
+            "kv_cache_spec_kind": "full",
+            "kv_cache_spec_sliding_window": None,
+        }
+        events = [
+            stored([7, 8], TOKENS, **plain),
+            removed([7], group_idx=0),
+            stored([9, 7], TOKENS, 8, **plain),
+        ]
+        for encoding in ENCODINGS:
+            [run] = decode_vllm(batch(*events, encoding=encoding), "a").parts
+            assert run.table.tolist() == [[0, 2, 0], [2, 1, 0], [1, 2, 8]]
+
+
+def test_runs_end_where_the_adapter_or_the_medium_changes():
+    events = [
+        stored([n], TOKENS[:4], **more)
+        for n, more in enumerate([{}, {}, {"lora_name": "l"}, {"lora_id": 3}, {"medium": "CPU"}])
+    ]
+    decoded = decode_vllm(batch(*events, removed([0], medium="CPU")), "a")
+    assert [event.namespace and event.namespace.lora for event in decoded.events[:-1]] == [
+        None,
+        None,
+        "l",
+        "3",
+        None,
+    ]
+    if mulsched.BACKEND == "native":
+        assert [len(run) for run in decoded.parts] == [2, 1, 1, 2]
+
+
+def test_a_message_of_events_that_are_none_does_not_become_a_part_for_each():
+    payload = msgspec.msgpack.encode([1.0, [None] * 100_000, 0])
+    decoded = decode_vllm(payload, "a")
+    assert (decoded.malformed, list(decoded.events)) == (100_000, [])
+    assert split_kv_events(payload, 0) is None
+
+
+@pytest.mark.parametrize("claimed", [2**32 - 1, 100_000])
+def test_many_events_that_each_claim_a_long_array_take_linear_time(claimed):
+    event = b"\x83\xa4type\xacBlockRemoved\xacblock_hashes\xdd" + claimed.to_bytes(4, "big") + b"\xc0"
+    payload = b"\x93\xcb" + bytes(8) + b"\xdc\x27\x10" + event * 10_000
+    assert whole(payload, decode_vllm) == "refused"
 
 
 # -- integers ---------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_an_event_loop_that_sleeps_is_woken_by_what_comes():
         async with subscriber:
             await publisher.subscribed()
             for _ in range(3):
-                await publisher.publish(batch(removed([1])))
+                await publisher.publish(batch(removed([b"not plain, so applied by itself"])))
                 await asyncio.wait_for(heard.wait(), 5)
                 heard.clear()
 

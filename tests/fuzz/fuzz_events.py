@@ -1,5 +1,7 @@
 """Whatever bytes an engine sends: decoders, sequence tracker and router neither crash nor disagree.
 
+What the core splits of a message must be what the decoder of single events reads.
+
 Run ``python tests/fuzz/fuzz_events.py CORPUS -max_total_time=20``: a directory, in which it begins with a
 message of each format, and libFuzzer's options. Needs atheris.
 """
@@ -14,6 +16,7 @@ import msgspec
 
 with atheris.instrument_imports(include=["mulsched.events"]):
     from mulsched.events import (
+        _msgpack,
         apply_batch,
         decode_dynamo,
         decode_sglang,
@@ -39,6 +42,10 @@ WHOLE = [
     stored([2, 3], list(range(8)), 1, medium="CPU", group_idx=0),
     removed([1, 3]),
     cleared(),
+    stored([1, 2], list(range(8)), extra_keys=[None, None], group_idx=0),
+    removed([1]),
+    stored([3], list(range(4)), 2, later={"a": [1]}),
+    stored([4], list(range(4)), 9, lora_id=1),
 ]
 DYNAMO = {"event": {"event_id": 1, "data": {"stored": {"parent_hash": None, "blocks": [
     {"block_hash": 1, "tokens_hash": 2}]}}}}  # fmt: skip
@@ -55,6 +62,34 @@ MESSAGES = [
     PAGE,
 ]
 SEEDS = [bytes([n]) + bytes(STEERING) + message for n, message in enumerate(MESSAGES)]
+
+
+def said(decode, message):
+    """What a router holds after a message, and what was counted."""
+    router, counts = Router(block_size=4), Counter()
+    router.add_instance("a")
+    try:
+        events = decode(message, "a")
+    except InvalidEvents:
+        return None
+    apply_batch(router, events, counts)
+    return (
+        repr(events.timestamp),
+        events.data_parallel_rank,
+        events.removals_lost,
+        +counts,
+        router.index.dump(),
+    )
+
+
+def check_split(decode, message):
+    """Compare with a decoder that is not helped by the core."""
+    split, _msgpack.split_kv_events = _msgpack.split_kv_events, lambda data, group_idx: None
+    try:
+        expected = said(decode, message)
+    finally:
+        _msgpack.split_kv_events = split
+    assert said(decode, message) == expected
 
 
 class Follower:
@@ -99,6 +134,8 @@ def one_input(data):
         with contextlib.suppress(InvalidEvents):
             read_engine_load(message)
         return
+    if choice < 2:
+        check_split(DECODERS[choice], message)
     provider = atheris.FuzzedDataProvider(steering)
     follower = Follower(DECODERS[choice], provider.ConsumeBool())
     follower.deliver(message)

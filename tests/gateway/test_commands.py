@@ -6,6 +6,8 @@ import subprocess
 import sys
 import urllib.request
 
+from bounded import killed_after
+
 from mulsched.cli import main
 
 
@@ -27,7 +29,8 @@ def test_the_demo_refuses_a_load_that_is_none(capsys):
 def test_the_gateway_runs_logs_and_stops_on_sigterm():
     command = [sys.executable, "-m", "mulsched", "serve", "--port", "0", "--engine", "http://127.0.0.1:9"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    url = process.stdout.readline().split("/v1")[0]
+    with killed_after(60, process):
+        url = process.stdout.readline().split("/v1")[0]
     with urllib.request.urlopen(f"{url}/instances", timeout=30) as answer:
         assert b'"state":"starting"' in answer.read()
     process.send_signal(signal.SIGTERM)

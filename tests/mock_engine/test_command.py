@@ -8,6 +8,7 @@ import sys
 import urllib.request
 
 import pytest
+from bounded import killed_after
 
 
 @pytest.fixture
@@ -28,7 +29,9 @@ def started():
     events = ["--kv-events", "tcp://127.0.0.1:*", "--kv-replay", "tcp://127.0.0.1:*", "--block-size", "32"]
     with subprocess.Popen([*command, *events], stdout=subprocess.PIPE, text=True) as process:
         try:
-            yield process, [process.stdout.readline() for _ in range(2)]
+            with killed_after(60, process):
+                lines = [process.stdout.readline() for _ in range(2)]
+            yield process, lines
         finally:
             process.kill()
 
