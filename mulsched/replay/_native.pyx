@@ -89,9 +89,13 @@ cdef extern from "replay.hpp" namespace "mulsched" nogil:
     enum class Ties "mulsched::Ties":
         kLeastRecent, kRandom, kFirst
 
+    enum class Divisor "mulsched::Divisor":
+        kNone, kMax, kPrompt
+
     cdef cppclass CFusedScore "mulsched::FusedScore":
         vector[size_t] columns
         vector[double] weights
+        vector[Divisor] divisors
 
     cdef cppclass CTraceView "mulsched::TraceView":
         int64_t n, parts
@@ -499,6 +503,9 @@ def run_replay(trace, options, records, progress):
         if form is not None:
             replay.get().pools()[p].score.columns = form[0]
             replay.get().pools()[p].score.weights = form[1]
+            for divisor in form[2]:
+                replay.get().pools()[p].score.divisors.push_back(
+                    {None: Divisor.kNone, "max": Divisor.kMax, "prompt": Divisor.kPrompt}[divisor])
     with nogil:
         done = replay.get().run()
     if not done:

@@ -168,7 +168,7 @@ def test_scheduling_ahead_changes_nothing_for_a_request_alone(engine):
     )[:2]
 
 
-@pytest.mark.parametrize("limit", [{"max_num_seqs": 2}, {"kv_blocks": 5}])
+@pytest.mark.parametrize("limit", [{"max_num_seqs": 2}, {"kv_blocks": 4}])
 def test_scheduling_ahead_a_place_or_blocks_come_free_for_the_step_after_the_next(engine, limit):
     # a and b fill the engine, b ends with the third step, and c has waited since before
     submissions = [(0.0, A, keys(1), 4, 9), (0.0, B, keys(2), 6, 3), (0.001, C, keys(3), 4, 1)]
