@@ -136,8 +136,9 @@ class Custom:
 
 
 def native_form(score: Score) -> tuple[list[int], list[float], list[str | None]] | None:
-    """Return positions in COLUMNS, weights (none: a product) and their normalisations of a score that the core
-    can compute.
+    """Return what the core needs to compute a score, None if it cannot.
+
+    Positions in COLUMNS; of a weighted sum the weights and normalisations, of a product none.
     """
     # exact types: a subclass may compute something else
     if type(score) is Multiplicative:

@@ -48,4 +48,7 @@ if "native" in BACKENDS:
             index.match(WORDS, out)
 
     def test_a_fused_score_takes_arrays():
-        assert _native.FusedScore(np.array([1, 2]), np.array([0.5, 2.0]), [None, "max"], "random", -1) is not None
+        assert (
+            _native.FusedScore(np.array([1, 2]), np.array([0.5, 2.0]), [None, "max"], "random", -1)
+            is not None
+        )

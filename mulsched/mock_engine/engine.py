@@ -94,7 +94,7 @@ class MockEngine:
         if self.kv_blocks < 1:
             raise InvalidArgument(f"kv_blocks must be at least 1, got {kv_blocks}")
         if profile.schedules_ahead:
-            raise InvalidArgument(f"the mock engine does not schedule ahead, as the profile {profile.name} does")
+            raise InvalidArgument(f"the mock engine does not schedule ahead, but {profile.name} does")
         self.next_s: float | None = None
         """When the step under way ends; None if there is none."""
         self.counts: Counter[str] = Counter()

@@ -47,7 +47,10 @@ class Simulation:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A calibrated profile. ``error``: the sum of the mean relative errors of TTFT and TPOT it was fitted to."""
+    """A calibrated profile.
+
+    ``error``: the sum of the mean relative errors of TTFT and TPOT that it was fitted to.
+    """
 
     profile: Profile
     error: float

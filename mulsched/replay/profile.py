@@ -30,7 +30,7 @@ class Profile:
     cache; 26,000 is what 0.9 of 80 GB leaves beside an 8B model in bf16 at 131,072 bytes a token.
     ``watermark_ratio`` of the blocks stays free when a request is admitted beside others, 0 as in vLLM.
     ``schedules_ahead``: a step is planned while the one before runs (vLLM's asynchronous scheduling), so a
-    request joins the second step after its arrival; False, as in engines of the LMetric paper's time.
+    request joins the second step after its arrival; False, as figures of replays are of.
     Raises InvalidArgument for a limit below 1, a watermark not in [0, 1), and a token budget that does not
     cover a token for each of ``max_num_seqs`` requests, which vLLM refuses too.
     """
@@ -57,7 +57,7 @@ class Profile:
             raise InvalidArgument(f"watermark_ratio must lie in [0, 1), got {self.watermark_ratio}")
 
     def limits(self, kv_blocks: int) -> tuple[int, int, int, int, int, bool]:
-        """Return block size, ``kv_blocks``, token budget, sequences, watermark in blocks, ``schedules_ahead``."""
+        """Return block size, ``kv_blocks``, tokens a step, sequences, watermark blocks, ``schedules_ahead``."""
         return (
             self.block_size,
             kv_blocks,

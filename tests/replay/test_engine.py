@@ -163,9 +163,10 @@ def test_what_was_not_planned_ahead_starts_when_the_step_before_ends(engine):
 
 def test_scheduling_ahead_changes_nothing_for_a_request_alone(engine):
     alone = [(0.0, A, keys(1, 2), 10, 7)]
-    assert run(engine(max_batched_tokens=4), alone)[:2] == run(
-        engine(max_batched_tokens=4, schedules_ahead=True), alone
-    )[:2]
+    assert (
+        run(engine(max_batched_tokens=4), alone)[:2]
+        == run(engine(max_batched_tokens=4, schedules_ahead=True), alone)[:2]
+    )
 
 
 @pytest.mark.parametrize("limit", [{"max_num_seqs": 2}, {"kv_blocks": 4}])

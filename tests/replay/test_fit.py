@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mulsched.errors import InvalidArgument, MissingExtra
+from mulsched.replay import Trace, replay
 from mulsched.replay.fit import fit_profile, schedules_ahead, shown_limits, simulate
 from mulsched.replay.profile import Profile
 from mulsched.replay.request_times import RequestTimes
@@ -76,6 +77,39 @@ def test_an_idle_engine_takes_requests_at_once_however_it_schedules():
     requests = requests_of(5, rate=0.01)
     at_once, ahead = simulate(requests, ENGINE), simulate(requests, AHEAD)
     np.testing.assert_array_equal(at_once.first_token_s, ahead.first_token_s)
+
+
+@pytest.mark.parametrize("engine", [ENGINE, AHEAD, replace(AHEAD, max_num_seqs=4)])
+def test_a_replay_on_one_instance_has_the_times_of_the_simulation(engine):
+    requests = requests_of()
+    blocks = requests.prompt_tokens // 16
+    trace = Trace(
+        name="made",
+        block_size=16,
+        arrival_s=requests.arrival_s,
+        prompt_tokens=requests.prompt_tokens,
+        output_tokens=requests.output_tokens,
+        run_start=np.cumsum(blocks) - blocks,  # none is another's
+        run_length=blocks,
+        run_offset=np.arange(81),
+        session=np.full(80, -1),
+        previous=np.full(80, -1),
+        think_s=np.zeros(80),
+    )
+    result, run = replay(trace, "lmetric", profile=engine, instances=1), simulate(requests, engine)
+    assert result.first_token_s.tolist() == run.first_token_s.tolist()
+    assert result.finish_s.tolist() == run.finish_s.tolist()
+
+
+@pytest.mark.parametrize("engine", [ENGINE, AHEAD])
+def test_that_an_engine_schedules_ahead_is_found_and_kept_in_its_profile(engine):
+    requests = requests_of(40, rate=60.0)
+    requests = replace(requests, prompt_tokens=requests.prompt_tokens // 30)  # prompts of one step
+    run = simulate(requests, engine)
+    made = replace(requests, scheduled_s=run.joined_s, first_token_s=run.first_token_s, finish_s=run.finish_s)
+    known = {name: getattr(TRUE, name) for name in TRUE.__slots__}
+    fit = fit_profile(made, kv_blocks=20_000, known=known)
+    assert fit.profile.schedules_ahead == engine.schedules_ahead
 
 
 def test_coefficients_that_made_a_run_come_back():
