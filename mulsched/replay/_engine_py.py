@@ -22,8 +22,9 @@ when the one before starts, as if that had ended:
 
 6. A request that arrives while a step runs joins the second step after it. A step that could not be planned,
    since there was nothing to do or no room, is planned when the one before ends.
-7. A request that ends with the step under way is not planned again (its length is known, as by ``max_tokens``),
-   but counts as running and keeps its blocks until that step has ended: the step after the next can use them.
+7. A request that ends with the step under way is not planned again, since its length is known as by
+   ``max_tokens``. Until that step has ended it counts as running and keeps its blocks, which are free for the
+   step after the next.
 8. It may be preempted meanwhile: its blocks are released earlier, and it still ends with its step. A request
    that is preempted while it makes a token keeps the token.
 9. A block that an answer fills is cached a step later than in 4, when its last token is known.

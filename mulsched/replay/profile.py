@@ -57,7 +57,7 @@ class Profile:
             raise InvalidArgument(f"watermark_ratio must lie in [0, 1), got {self.watermark_ratio}")
 
     def limits(self, kv_blocks: int) -> tuple[int, int, int, int, int, bool]:
-        """Return block size, ``kv_blocks``, tokens a step, sequences, watermark blocks, ``schedules_ahead``."""
+        """Return block size, ``kv_blocks``, tokens a step, sequences, watermark, ``schedules_ahead``."""
         return (
             self.block_size,
             kv_blocks,
