@@ -169,7 +169,7 @@ def compare(model: Path, seed: int) -> tuple[int, int]:
     )
     prefixes: dict[tuple[int, ...], int] = {}
     numbers: tuple[dict[Any, int], dict[Any, int]] = ({}, {})
-    at = preemptions = 0
+    at = steps = preemptions = 0
     while pending or naive.running or naive.waiting:
         while pending and pending[0][0] <= at:
             _, i, common, n_common, n_prompt, n_answer = pending.pop(0)
@@ -189,8 +189,9 @@ def compare(model: Path, seed: int) -> tuple[int, int]:
         assert sorted(expected.finished) == sorted(found.finished), (seed, at)
         assert expected.preempted == found.preempted, (seed, at)
         assert by_block(expected.changes, numbers[0]) == by_block(found.changes, numbers[1]), (seed, at)
+        steps += 1
         preemptions += len(found.preempted)
-    return at, preemptions
+    return steps, preemptions
 
 
 def main() -> None:

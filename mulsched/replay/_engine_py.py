@@ -17,8 +17,8 @@ of it (tests/replay/test_vllm_reference.py):
 5. Free blocks wait in a queue, still under their keys: blocks without a key at its front, others at its end,
    the tail of a request before its head. The front is taken next.
 
-An engine that schedules ahead (vLLM's asynchronous scheduling, which the recordings do not have) plans a step
-when the one before starts, as if that had ended:
+An engine that schedules ahead, as vLLM's asynchronous scheduling does (checked by
+benchmarks/vllm_reference/ahead.py), plans a step when the one before starts, as if that had ended:
 
 6. A request that arrives while a step runs joins the second step after it. A step that could not be planned,
    since there was nothing to do or no room, is planned when the one before ends.
