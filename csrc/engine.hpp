@@ -18,6 +18,7 @@ namespace mulsched {
 
 struct EngineLimits {
   std::int64_t block_size, kv_blocks, max_batched_tokens, max_num_seqs, watermark_blocks;
+  bool schedules_ahead;  // a step is planned when the one before it starts, not when that has ended
 };
 
 // What a step computes: the arguments of a step time.
@@ -86,68 +87,30 @@ class Engine {
 
   // Starts a step; false if there is nothing to do.
   bool start_step(StepLoad& load) {
-    bool preempted = schedule_decode();
-    std::int64_t budget = limits_.max_batched_tokens - decoding_;
-    load = {0, 0.0, decoding_, 0.0, 0.0};
-    std::int64_t prefix_sum = 0, twice_pairs = 0;
-    const auto compute = [&](Sequence& s, std::int64_t tokens) {
-      load.new_tokens += tokens;
-      prefix_sum += tokens * s.computed;
-      twice_pairs += tokens * (2 * s.computed + tokens);
-      budget -= tokens;
-    };
-    if (partial_ != nullptr) {
-      const std::int64_t tokens = std::min(budget, partial_->target - partial_->computed);
-      if (extend(*partial_, tokens)) {
-        compute(*partial_, tokens);
-      } else {
-        preempt(partial_);  // it is the last one admitted
-        preempted = true;
-      }
-    }
-    while (!preempted && budget > 0 && !waiting_.empty() && n_running_ < limits_.max_num_seqs) {
-      Sequence& s = *waiting_.front();
-      const std::int64_t tokens = admit(s, budget);
-      if (tokens == 0) break;
-      compute(s, tokens);
-    }
-    if (load.new_tokens > 0) {
-      const auto fresh = static_cast<double>(load.new_tokens);
-      load.prefix_tokens = static_cast<double>(prefix_sum) / fresh;
-      load.pair_prefix_tokens = static_cast<double>(twice_pairs) / (2 * fresh) - fresh / 2;
-    }
-    if (decoding_ > 0) load.decode_context = static_cast<double>(decode_context_) / static_cast<double>(decoding_);
-    decoded_ = decoding_ > 0;
-    stepping_ = decoded_ || load.new_tokens > 0;
-    return stepping_;
+    if (!limits_.schedules_ahead) return stepping_ = plan(load);
+    stepping_ = planned_ || plan(next_);
+    if (!stepping_) return false;
+    load = next_;
+    advance();
+    planned_ = plan(next_);
+    return true;
   }
 
   // Ends the step: appends first tokens and ends of requests.
   void end_step(std::vector<FirstToken>& first_tokens, std::vector<std::int64_t>& finished) {
-    if (decoded_) {
-      ++tick_;
-      decode_context_ += decoding_;
-      while (!ends_.empty() && ends_.top().tick <= tick_) {
-        const End end = ends_.top();
-        ends_.pop();
-        if (end.sequence->join != end.join || end.sequence->joined < 0) continue;  // preempted meanwhile
-        leave_decode(*end.sequence);
-        finish(end.sequence, finished);
+    if (!limits_.schedules_ahead) advance();
+    first_tokens.insert(first_tokens.end(), made_.begin(), made_.end());
+    made_.clear();
+    for (Sequence* s : ending_) {
+      finished.push_back(s->request);
+      if (!s->blocks.empty()) {  // not preempted since
+        register_full(*s, s->computed);
+        leave_running(*s);
       }
+      unused_.push_back(s);
     }
-    for (const auto& [s, tokens] : chunks_) {
-      s->computed += tokens;
-      if (s->computed < s->target) continue;
-      if (partial_ == s) partial_ = nullptr;
-      if (s->generated == 0) first_tokens.push_back({s->request, s->cached});
-      if (++s->generated >= s->output) {
-        finish(s, finished);
-      } else {
-        join_decode(s);
-      }
-    }
-    chunks_.clear();
-    stepping_ = decoded_ = false;
+    ending_.clear();
+    stepping_ = false;
   }
 
   // What changed in the cache since clear_changes(), in order.
@@ -204,6 +167,71 @@ class Engine {
     }
   };
 
+  // Plans a step; false if there is nothing to do.
+  bool plan(StepLoad& load) {
+    bool preempted = schedule_decode();
+    std::int64_t budget = limits_.max_batched_tokens - decoding_;
+    load = {0, 0.0, decoding_, 0.0, 0.0};
+    std::int64_t prefix_sum = 0, twice_pairs = 0;
+    const auto compute = [&](Sequence& s, std::int64_t tokens) {
+      load.new_tokens += tokens;
+      prefix_sum += tokens * s.computed;
+      twice_pairs += tokens * (2 * s.computed + tokens);
+      budget -= tokens;
+    };
+    if (partial_ != nullptr) {
+      const std::int64_t tokens = std::min(budget, partial_->target - partial_->computed);
+      if (extend(*partial_, tokens)) {
+        compute(*partial_, tokens);
+      } else {
+        preempt(partial_);  // it is the last one admitted
+        preempted = true;
+      }
+    }
+    while (!preempted && budget > 0 && !waiting_.empty() && n_running_ < limits_.max_num_seqs) {
+      Sequence& s = *waiting_.front();
+      const std::int64_t tokens = admit(s, budget);
+      if (tokens == 0) break;
+      compute(s, tokens);
+    }
+    if (load.new_tokens > 0) {
+      const auto fresh = static_cast<double>(load.new_tokens);
+      load.prefix_tokens = static_cast<double>(prefix_sum) / fresh;
+      load.pair_prefix_tokens = static_cast<double>(twice_pairs) / (2 * fresh) - fresh / 2;
+    }
+    if (decoding_ > 0) load.decode_context = static_cast<double>(decode_context_) / static_cast<double>(decoding_);
+    decoded_ = decoding_ > 0;
+    return decoded_ || load.new_tokens > 0;
+  }
+
+  // Counts what the planned step computes. What ends with it keeps its blocks until the step has ended.
+  void advance() {
+    if (decoded_) {
+      ++tick_;
+      decode_context_ += decoding_;
+      while (!ends_.empty() && ends_.top().tick <= tick_) {
+        const End end = ends_.top();
+        ends_.pop();
+        if (end.sequence->join != end.join || end.sequence->joined < 0) continue;  // preempted meanwhile
+        leave_decode(*end.sequence);
+        ending_.push_back(end.sequence);
+      }
+    }
+    for (const auto& [s, tokens] : chunks_) {
+      s->computed += tokens;
+      if (s->computed < s->target) continue;
+      if (partial_ == s) partial_ = nullptr;
+      if (s->generated == 0) made_.push_back({s->request, s->cached});
+      if (++s->generated >= s->output) {
+        ending_.push_back(s);
+      } else {
+        join_decode(s);
+      }
+    }
+    chunks_.clear();
+    decoded_ = false;
+  }
+
   std::int64_t blocks_for(std::int64_t tokens) const noexcept {
     return (tokens + limits_.block_size - 1) / limits_.block_size;
   }
@@ -213,7 +241,9 @@ class Engine {
   bool schedule_decode() {
     bool preempted = false;
     const std::vector<Sequence*>& due = due_[phase(tick_)];
-    const std::vector<Sequence*>& full = due_[phase(tick_ + 1)];
+    // ahead, the token that the next step starts from is not known, so a block is cached a step later
+    static const std::vector<Sequence*> none;
+    const std::vector<Sequence*>& full = limits_.schedules_ahead ? none : due_[phase(tick_ + 1)];
     for (std::size_t i = 0, j = 0; i < due.size() || j < full.size();) {
       if (i == due.size() || (j < full.size() && full[j]->join < due[i]->join)) {
         Sequence& s = *full[j++];
@@ -227,6 +257,7 @@ class Engine {
       }
       if (s.joined < 0) break;  // it was the last one itself
       s.blocks.push_back(pool_.take(evicted_));
+      register_full(s, s.computed + tick_ - s.joined);  // only ahead is there anything left to cache
     }
     return preempted;
   }
@@ -303,12 +334,6 @@ class Engine {
     return static_cast<std::size_t>(rest < 0 ? rest + limits_.block_size : rest);
   }
 
-  void finish(Sequence* s, std::vector<std::int64_t>& finished) {
-    finished.push_back(s->request);
-    leave_running(*s);
-    unused_.push_back(s);
-  }
-
   void preempt(Sequence* s) {
     ++preemptions_;
     if (s->joined >= 0) leave_decode(*s);
@@ -319,7 +344,7 @@ class Engine {
     s->target = s->prompt + s->generated;
     s->computed = s->transferred = 0;
     s->registered = 0;
-    waiting_.push_front(s);
+    if (s->generated < s->output) waiting_.push_front(s);  // else it ends with the step under way
   }
 
   void leave_running(Sequence& s) {
@@ -373,10 +398,13 @@ class Engine {
   std::priority_queue<End, std::vector<End>, std::greater<>> ends_;
   std::vector<std::vector<Sequence*>> due_;  // decoding requests by the phase at which they need a block
   std::vector<std::pair<Sequence*, std::int64_t>> chunks_;
+  std::vector<FirstToken> made_;    // by the step under way
+  std::vector<Sequence*> ending_;   // with it
+  StepLoad next_{};                 // planned while another runs
   std::vector<BlockPool::Id> hits_;
   std::vector<Key> evicted_, change_keys_;
   std::vector<Change> changes_;
-  bool decoded_ = false, stepping_ = false;
+  bool decoded_ = false, stepping_ = false, planned_ = false;
 };
 
 }  // namespace mulsched

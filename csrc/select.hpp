@@ -4,7 +4,10 @@
 // result is the same to the last bit (compiled with -ffp-contract=off).
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
 
 #include "prefix_index.hpp"
 
@@ -110,10 +113,15 @@ inline void charge_tiers(const std::vector<Tier>& tiers, const Key* keys, std::s
   }
 }
 
-// A score that the native core can compute: a product of columns (no weights) or a weighted sum.
+// What the values of a column are divided by: nothing, the largest of them, or the prompt's tokens.
+enum class Divisor { kNone, kMax, kPrompt };
+
+// A score that the native core can compute: a product of columns (no weights), or a weighted sum of columns,
+// each over its divisor.
 struct FusedScore {
   std::vector<std::size_t> columns;
   std::vector<double> weights;
+  std::vector<Divisor> divisors;  // as many as weights
 };
 
 // Who wins among equal scores; see mulsched.policies.Policy.
@@ -137,6 +145,22 @@ inline double uniform(std::uint64_t seed, std::int64_t decision, std::int64_t ro
 inline constexpr std::ptrdiff_t kNotFinite = -1;
 inline constexpr std::uint64_t kTieSalt = 0x74696573;  // "ties", as in mulsched/policies/_policy.py
 
+// By column. Over infinity all is 0: where the largest is 0, it normalises to that.
+inline std::array<double, kColumns> divisors(const FusedScore& score, const std::int64_t* table, std::size_t n) noexcept {
+  std::array<double, kColumns> values;
+  values.fill(1.0);
+  for (std::size_t k = 0; k < score.weights.size(); ++k) {
+    const std::size_t column = score.columns[k];
+    if (score.divisors[k] == Divisor::kMax) {
+      const std::int64_t largest = *std::max_element(table + column * n, table + (column + 1) * n);
+      values[column] = largest > 0 ? static_cast<double>(largest) : std::numeric_limits<double>::infinity();
+    } else if (score.divisors[k] == Divisor::kPrompt) {
+      values[column] = static_cast<double>(table[kHitTokens * n] + table[kNewPrefillTokens * n]);
+    }
+  }
+  return values;
+}
+
 // Scores the n candidates of a filled table and returns the position of the smallest score, or kNotFinite.
 // Equal scores go to the first candidate, or else to the smallest batch and then to the least recently
 // chosen or the smallest draw.
@@ -150,6 +174,7 @@ inline std::ptrdiff_t score_and_pick(const FusedScore& score, Ties ties, std::ui
     if (ties == Ties::kLeastRecent) return last_chosen[a] < last_chosen[b];
     return uniform(seed ^ kTieSalt, decision, rows[a]) < uniform(seed ^ kTieSalt, decision, rows[b]);
   };
+  const std::array<double, kColumns> divisor = divisors(score, table, n);
   std::size_t best = 0;
   for (std::size_t i = 0; i < n; ++i) {
     double value;
@@ -160,7 +185,7 @@ inline std::ptrdiff_t score_and_pick(const FusedScore& score, Ties ties, std::ui
     } else {
       value = 0.0;
       for (std::size_t k = 0; k < score.columns.size(); ++k)
-        value += score.weights[k] * static_cast<double>(table[score.columns[k] * n + i]);
+        value += score.weights[k] * (static_cast<double>(table[score.columns[k] * n + i]) / divisor[score.columns[k]]);
     }
     if (!std::isfinite(value)) return kNotFinite;
     scores[i] = value;

@@ -27,7 +27,7 @@ void engine_alone(std::uint64_t seed) {
   std::mt19937_64 rng(seed);
   const auto block_size = static_cast<std::int64_t>(1 + rng() % 4);
   const auto budget = static_cast<std::int64_t>(4 + rng() % 20);
-  Engine engine({block_size, 24, budget, 4, static_cast<std::int64_t>(rng() % 3)});
+  Engine engine({block_size, 24, budget, 4, static_cast<std::int64_t>(rng() % 3), seed % 2 == 0});
   std::vector<Engine::FirstToken> first_tokens;
   std::vector<std::int64_t> ended;
   std::int64_t submitted = 0;
@@ -90,12 +90,16 @@ void whole_replay(std::uint64_t seed) {
   step_time.compute = 7e14;
   step_time.bandwidth = 2.5e12;
   Host host;
-  mulsched::Replay replay(trace, options, {4, 40, 32, 8, 0}, step_time,
+  mulsched::Replay replay(trace, options, {4, 40, 32, 8, 0, seed % 4 < 2}, step_time,
                           {arrived.data(), first.data(), finish.data(), instance.data(), decode.data(), cached.data(), hits.data()},
                           host);
   for (mulsched::Pool& pool : replay.pools()) {
     pool.ties = seed % 2 == 0 ? mulsched::Ties::kLeastRecent : mulsched::Ties::kRandom;
-    if (seed % 6 != 0) pool.score = {{mulsched::kPTokens, mulsched::kBatchSize}, {}};
+    if (seed % 6 != 0) pool.score = {{mulsched::kPTokens, mulsched::kBatchSize}, {}, {}};
+    if (seed % 6 == 1) {
+      pool.score.weights = {0.7, 0.3};
+      pool.score.divisors = {mulsched::Divisor::kPrompt, mulsched::Divisor::kMax};
+    }
   }
   require(replay.run(), "stopped");
   for (std::size_t i = 0; i < n; ++i) require(arrived[i] < first[i] && first[i] <= finish[i], "times out of order");

@@ -55,7 +55,12 @@ class PrefixIndex:
 @disjoint_base
 class FusedScore:
     def __new__(
-        cls, columns: Sequence[int], weights: Sequence[float], ties: str, seed: int
+        cls,
+        columns: Sequence[int],
+        weights: Sequence[float],
+        divisors: Sequence[str | None],
+        ties: str,
+        seed: int,
     ) -> FusedScore: ...
 
 def fill_columns(

@@ -125,9 +125,13 @@ cdef extern from "select.hpp" namespace "mulsched" nogil:
         const int64_t* data
         size_t n_rows
 
+    enum class Divisor "mulsched::Divisor":
+        kNone, kMax, kPrompt
+
     cdef cppclass CFusedScore "mulsched::FusedScore":
         vector[size_t] columns
         vector[double] weights
+        vector[Divisor] divisors
 
     void c_fill_columns "mulsched::fill_columns"(
         const CPrefixIndex&, const CPrefixIndex*, const uint64_t*, size_t, int64_t, int64_t,
@@ -666,24 +670,27 @@ cdef class PrefixIndex:
 cdef class FusedScore:
     """A score the core computes itself, and who wins among equals.
 
-    ``columns`` are positions in ``mulsched.indicators.COLUMNS``; with ``weights`` their sum is taken,
-    without their product. ``ties`` and ``seed`` as in ``mulsched.Router``.
+    ``columns`` are positions in ``mulsched.indicators.COLUMNS``; with ``weights`` their sum is taken, each over
+    its divisor, None, "max" or "prompt", without their product. ``ties`` and ``seed`` as in ``mulsched.Router``.
     """
 
     cdef CFusedScore score
     cdef Ties ties
     cdef uint64_t seed
 
-    def __cinit__(self, columns, weights, ties, seed):
-        columns, weights = tuple(columns), tuple(weights)
-        if not columns or (weights and len(weights) != len(columns)):
-            raise ValueError("one weight for each of at least one column expected")
+    def __cinit__(self, columns, weights, divisors, ties, seed):
+        columns, weights, divisors = tuple(columns), tuple(weights), tuple(divisors)
+        if not columns or (weights and len(weights) != len(columns)) or len(divisors) != len(weights):
+            raise ValueError("one weight and divisor for each of at least one column expected")
         for column in columns:
             if not 0 <= column < kColumns:
                 raise ValueError(f"no column {column}")
             self.score.columns.push_back(column)
         for weight in weights:
             self.score.weights.push_back(weight)
+        for divisor in divisors:
+            self.score.divisors.push_back(
+                {None: Divisor.kNone, "max": Divisor.kMax, "prompt": Divisor.kPrompt}[divisor])
         self.ties = {"least_recent": Ties.kLeastRecent, "random": Ties.kRandom, "first": Ties.kFirst}[ties]
         self.seed = seed % 2**64
 

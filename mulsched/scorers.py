@@ -16,7 +16,7 @@ from mulsched.indicators import COLUMNS, Columns
 
 __all__ = ["Custom", "Linear", "Multiplicative", "Score", "lexicographic", "min_max", "native_form"]
 
-Normalise = Literal["max", "min_max"]
+Normalise = Literal["max", "min_max", "prompt"]
 
 
 class Score(Protocol):
@@ -59,17 +59,22 @@ class Multiplicative:
 class Linear:
     """The weighted sum of indicators, each first normalised over the candidates if asked.
 
-    ``normalise="max"`` divides by the largest value, ``"min_max"`` maps to [0, 1]; both map a column of
-    equal zeros, and min_max any column of equal values, to 0. ``min_max`` makes a score depend on
-    candidates that cannot win.
+    ``normalise``, of all or by indicator: ``"max"`` divides by the largest value, ``"min_max"`` maps to
+    [0, 1]; both map a column of equal zeros, and min_max any column of equal values, to 0, and make a score
+    depend on candidates that cannot win. ``"prompt"`` divides by the prompt's tokens.
 
     Raises InvalidArgument for no weights, an unknown indicator, a weight that is not finite, an unknown
-    normalisation; InvalidType for a weight that is not a number.
+    normalisation or one of an indicator without weight; InvalidType for a weight that is not a number.
     """
 
     __slots__ = ("normalise", "weights")
 
-    def __init__(self, weights: Mapping[str, float], *, normalise: Normalise | None = None) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        normalise: Normalise | Mapping[str, Normalise | None] | None = None,
+    ) -> None:
         if not isinstance(weights, Mapping):
             raise InvalidType(f"weights must map indicators to numbers, got {type(weights).__name__}")
         if not weights:
@@ -80,26 +85,35 @@ class Linear:
                 raise InvalidType(f"weight of {name!r} must be a number, got {type(weight).__name__}")
             if not math.isfinite(weight):
                 raise InvalidArgument(f"weight of {name!r} must be finite, got {weight}")
-        if normalise is not None and normalise not in get_args(Normalise):
-            raise InvalidArgument(f"normalise must be None, 'max' or 'min_max', got {normalise!r}")
+        by_name = normalise if isinstance(normalise, Mapping) else dict.fromkeys(weights, normalise)
+        for name, how in by_name.items():
+            if how is not None and how not in get_args(Normalise):
+                raise InvalidArgument(f"normalise must be None, 'max', 'min_max' or 'prompt', got {how!r}")
+            if name not in weights:
+                raise InvalidArgument(f"normalise names {name!r}, which has no weight")
         self.weights = {name: float(weight) for name, weight in weights.items()}
-        self.normalise = normalise
+        self.normalise = {name: by_name.get(name) for name in weights}
 
     def __call__(self, columns: Columns, /) -> NDArray[np.float64]:
         """Return the weighted sum, shape ``(n,)``."""
         score = np.zeros(len(columns), dtype=np.float64)
         for name, weight in self.weights.items():
             column = columns[name].astype(np.float64)
-            if self.normalise == "max":
+            how = self.normalise[name]
+            if how == "max":
                 largest = column.max()
                 column = column / largest if largest > 0 else np.zeros_like(column)
-            elif self.normalise == "min_max":
+            elif how == "min_max":
                 column = min_max(column)
+            elif how == "prompt":
+                column = column / columns.request.prompt_tokens
             score += weight * column
         return score
 
     def __repr__(self) -> str:
-        return f"Linear({self.weights!r}, normalise={self.normalise!r})"
+        kinds = set(self.normalise.values())
+        normalise = kinds.pop() if len(kinds) == 1 else self.normalise
+        return f"Linear({self.weights!r}, normalise={normalise!r})"
 
 
 class Custom:
@@ -121,13 +135,20 @@ class Custom:
         return f"Custom({self.name})"
 
 
-def native_form(score: Score) -> tuple[list[int], list[float]] | None:
-    """Return positions in COLUMNS and weights (none: a product) of a score that the core can compute."""
+def native_form(score: Score) -> tuple[list[int], list[float], list[str | None]] | None:
+    """Return what the core needs to compute a score, None if it cannot.
+
+    Positions in COLUMNS; of a weighted sum the weights and normalisations, of a product none.
+    """
     # exact types: a subclass may compute something else
     if type(score) is Multiplicative:
-        return [COLUMNS.index(name) for name in score.indicators], []
-    if type(score) is Linear and score.normalise is None:
-        return [COLUMNS.index(name) for name in score.weights], list(score.weights.values())
+        return [COLUMNS.index(name) for name in score.indicators], [], []
+    if type(score) is Linear and "min_max" not in score.normalise.values():
+        return (
+            [COLUMNS.index(name) for name in score.weights],
+            list(score.weights.values()),
+            list(score.normalise.values()),
+        )
     return None
 
 

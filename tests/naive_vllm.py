@@ -1,7 +1,7 @@
 """vLLM v1's scheduler and prefix cache, written as plainly as possible: the oracle of the engine model.
 
 Read from vLLM 0.32.0 (``v1/core``: ``sched/scheduler.py``, ``kv_cache_manager.py``, ``block_pool.py``) with its
-defaults and synchronous scheduling, and held against recordings of the real engine. Lists and dicts, no
+defaults, and with synchronous scheduling held against recordings of the real engine. Lists and dicts, no
 clock, no step times; every step costs O(blocks).
 """
 
@@ -16,6 +16,7 @@ class _Request:
     output_tokens: int
     generated: int = 0
     computed: int = 0
+    placeholders: int = 0  # tokens that are being made
     cached_tokens: int | None = None
     blocks: list = field(default_factory=list)
     registered: int = 0
@@ -51,12 +52,20 @@ class NaiveVllm:
         self.waiting.append(_Request(request_id, list(keys), prompt_tokens, output_tokens))
 
     def step(self):
+        self.start()
+        return self.end()
+
+    def start(self):
+        """Schedule a step and return its (request id, tokens it had, tokens it got)."""
         self._step = Step()
-        scheduled = self._schedule()
-        for request, tokens in scheduled:
+        self._scheduled = self._schedule()
+        for request, tokens in self._scheduled:
             self._step.scheduled.append((request.request_id, request.computed, tokens))
             request.computed += tokens
-        for request, _ in scheduled:
+        return self._step.scheduled
+
+    def end(self):
+        for request, _ in self._scheduled:
             if request.computed == request.tokens:
                 self._sample(request)
         return self._step
@@ -64,7 +73,9 @@ class NaiveVllm:
     def _schedule(self):
         budget, scheduled = self.budget, []
         for request in list(self.running):  # in the order of admission, be it decode or prefill
-            tokens = min(request.tokens - request.computed, budget)
+            if request.placeholders and self._ends(request):
+                continue
+            tokens = min(request.tokens + request.placeholders - request.computed, budget)
             while request in self.running and tokens and not self._allocate(request, tokens):
                 self._preempt()  # the last admitted, perhaps this one
             if request not in self.running or not tokens:
@@ -81,13 +92,17 @@ class NaiveVllm:
             budget -= tokens
         return scheduled
 
+    def _ends(self, request):
+        computed = request.computed + 2 - request.placeholders
+        return computed >= request.prompt_tokens + request.output_tokens
+
     def _sample(self, request):
         if request.generated == 0:
             self._step.first_tokens.append((request.request_id, request.cached_tokens))
         request.generated += 1
         if request.generated == request.output_tokens:
             self._step.finished.append(request.request_id)
-            self.running.remove(request)
+            (self.running if request in self.running else self.waiting).remove(request)
             self._release(request)
 
     def _hits(self, request):
@@ -129,7 +144,8 @@ class NaiveVllm:
                 self._step.changes.append(("removed", key))
             self.references[block] = 1
             request.blocks.append(block)
-        self._register(request, (request.computed + tokens) // self.block_size)
+        # of tokens that are being made nobody knows what they are
+        self._register(request, min(request.computed + tokens, request.tokens) // self.block_size)
         return True
 
     def _register(self, request, full):
@@ -148,7 +164,7 @@ class NaiveVllm:
     def _preempt(self):
         request = self.running.pop()
         self._release(request)
-        request.computed = request.registered = 0
+        request.computed = request.registered = request.placeholders = 0
         self.waiting.insert(0, request)
         self._step.preempted.append(request.request_id)
 
@@ -163,3 +179,44 @@ class NaiveVllm:
 
     def _blocks(self, tokens):
         return -(-tokens // self.block_size)
+
+
+class NaiveAsyncVllm(NaiveVllm):
+    """The same with asynchronous scheduling: ``sched/async_scheduler.py`` and, in ``engine/core.py``, a queue
+    of two scheduled steps of which the first runs. What a step did is told up to its end, the scheduling of the
+    next one included.
+    """
+
+    def __init__(self, **limits):
+        super().__init__(**limits)
+        self._queue, self._step = [], Step()
+
+    def start(self):
+        if not self._queue:
+            self._put()
+        if self._queue:
+            self._step.scheduled = [(r.request_id, had, got) for r, had, got, _ in self._queue[0]]
+            self._put()
+        return self._step.scheduled
+
+    def end(self):
+        for request, _, _, makes_token in self._queue.pop(0):
+            if not makes_token:
+                continue
+            if request in self.running:  # else it has been preempted, and keeps the token
+                request.placeholders -= 1
+                self._register(request, (request.computed - request.placeholders) // self.block_size)
+            self._sample(request)
+        done, self._step = self._step, Step()
+        return done
+
+    def _put(self):
+        step = []
+        for request, tokens in self._schedule():
+            had = request.computed
+            request.computed += tokens
+            makes_token = request.computed == request.tokens + request.placeholders
+            request.placeholders += makes_token
+            step.append((request, had, tokens, makes_token))
+        if step:
+            self._queue.append(step)

@@ -162,6 +162,12 @@ def test_a_built_in_profile_goes_by_name(capsys):
     assert settings["profile"] == settings["engine"]["name"] == "qwen2-7b-h20"
 
 
+def test_engines_that_schedule_ahead_are_asked_for_and_named(capsys):
+    settings = replayed(capsys, MOONCAKE, "--policy", "vllm", "--schedules-ahead")["settings"]
+    assert settings["profile"] == "builtin-8b scheduling ahead"
+    assert settings["engine"]["schedules_ahead"] is True
+
+
 def test_results_that_are_kept_make_a_page_and_pictures(tmp_path, capsys):
     out, page = str(tmp_path / "out"), tmp_path / "page.html"
     arguments = ["replay", MOONCAKE, "--policy", "vllm", "--processes", "1", "--out", out]

@@ -22,9 +22,11 @@ if "native" in BACKENDS:
             lambda index: index.match(WORDS.astype(np.uint32), np.empty(1, dtype=np.int64)),
             lambda index: index.match(WORDS.reshape(1, 3), np.empty(1, dtype=np.int64)),
             lambda index: index.store_named(1, None, WORDS[:2], WORDS),
-            lambda index: _native.FusedScore((), (), "first", 0),
-            lambda index: _native.FusedScore([99], (), "first", 0),
-            lambda index: _native.FusedScore([1], [1.0, 2.0], "first", 0),
+            lambda index: _native.FusedScore((), (), (), "first", 0),
+            lambda index: _native.FusedScore([99], (), (), "first", 0),
+            lambda index: _native.FusedScore([1], [1.0, 2.0], [None, None], "first", 0),
+            lambda index: _native.FusedScore([1], [1.0], (), "first", 0),
+            lambda index: _native.FusedScore([1], [1.0], ["min_max"], "first", 0),
         ],
     )
     def test_a_call_out_of_bounds_raises_and_changes_nothing(call):
@@ -46,4 +48,7 @@ if "native" in BACKENDS:
             index.match(WORDS, out)
 
     def test_a_fused_score_takes_arrays():
-        assert _native.FusedScore(np.array([1, 2]), np.array([0.5, 2.0]), "random", -1) is not None
+        assert (
+            _native.FusedScore(np.array([1, 2]), np.array([0.5, 2.0]), [None, "max"], "random", -1)
+            is not None
+        )

@@ -237,6 +237,11 @@ def test_seeded_ties_differ_between_seeds_and_repeat():
         Multiplicative("p_tokens"),
         Multiplicative("hit_tokens", "batch_size", "cached_blocks"),
         Linear({"p_tokens": 0.1, "batch_size": 3.7, "waiting": -0.3}),
+        Linear({"p_tokens": 0.1, "waiting": 3.7, "last_chosen": -0.3}, normalise="max"),
+        Linear(
+            {"new_prefill_tokens": 0.7, "batch_size": 0.3, "waiting": 0.1},
+            normalise={"new_prefill_tokens": "prompt", "batch_size": "max"},
+        ),
     ],
 )
 @pytest.mark.parametrize(("ties", "seed"), [("least_recent", 0), ("first", 0), ("random", -5)])

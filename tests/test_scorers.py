@@ -27,6 +27,13 @@ def test_normalised_by_the_largest_or_to_the_range():
     assert Linear({"running": 2.0}, normalise="min_max")(c).tolist() == [0, 1, 2]
 
 
+def test_each_indicator_may_have_its_own_normalisation():
+    c = make_columns(prompt=100, matched=[5, 0], running=[1, 3])
+    normalise = {"new_prefill_tokens": "prompt", "batch_size": "max"}
+    score = Linear({"new_prefill_tokens": 1, "batch_size": 2, "running": 1}, normalise=normalise)
+    assert score(c).tolist() == pytest.approx([0.2 + 1 + 1, 1 + 2 + 3])
+
+
 @pytest.mark.parametrize("normalise", ["max", "min_max"])
 def test_a_column_of_zeros_normalises_to_zero(normalise):
     assert Linear({"waiting": 5.0}, normalise=normalise)(make_columns(running=[1, 3])).tolist() == [0, 0]
@@ -64,7 +71,12 @@ def test_a_custom_score_has_a_name_and_becomes_float():
         (lambda: Linear({"running": "1"}), InvalidType, "must be a number, got str"),
         (lambda: Linear({"running": True}), InvalidType, "must be a number, got bool"),
         (lambda: Linear([("running", 1)]), InvalidType, "weights must map indicators to numbers, got list"),
-        (lambda: Linear({"running": 1}, normalise="z"), InvalidArgument, "must be None, 'max' or 'min_max'"),
+        (lambda: Linear({"running": 1}, normalise="z"), InvalidArgument, "must be None, 'max', 'min_max' or"),
+        (
+            lambda: Linear({"running": 1}, normalise={"waiting": "max"}),
+            InvalidArgument,
+            "normalise names 'waiting', which has no weight",
+        ),
         (lambda: Custom(5), InvalidType, "a score must be callable, got int"),
     ],
 )

@@ -149,7 +149,7 @@ def print_recordings(directory: Path, share: float) -> None:
         measured = figures(requests, requests.first_token_s, requests.finish_s, ~first)
         print(f"| {file.stem} | measured, s | {' | '.join(f'{value:.4g}' for value in measured)} |")
         for name, fit in models_of(requests, MODELS[MODEL_OF.get(model, model)], GPUS[GPU_OF[gpu]], first):
-            run: Simulation = simulate(requests, fit.profile, schedule_ahead=fit.schedule_ahead)
+            run: Simulation = simulate(requests, fit.profile)
             predicted = figures(requests, run.first_token_s, run.finish_s, ~first)
             errors = [p / m - 1 for p, m in zip(predicted, measured, strict=True)]
             print(f"| | {name} | {' | '.join(f'{error:+.1%}' for error in errors)} |", flush=True)

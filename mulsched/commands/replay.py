@@ -71,6 +71,11 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kv-blocks", type=int, metavar="N", help="KV blocks per instance")
     parser.add_argument(
+        "--schedules-ahead",
+        action="store_true",
+        help="engines plan a step while the one before runs, as vLLM does with --async-scheduling",
+    )
+    parser.add_argument(
         "--loop", choices=get_args(Loop), default="open", help="arrivals by time, or by think time"
     )
     parser.add_argument(
@@ -213,7 +218,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     return Experiment(
         policies=[parse_spec(text) for text in dict.fromkeys(options.policy or DEFAULT_POLICIES)],
         options={
-            "profile": profile_of(options),
+            "profile": _profile(options),
             "instances": instances,
             "kv_blocks": options.kv_blocks,
             "cache_source": options.cache_source,
@@ -232,6 +237,13 @@ def _experiment(options: argparse.Namespace) -> Experiment:
         slo=None if options.slo is None else parse_slo(options.slo),
         seed=options.seed,
     )
+
+
+def _profile(options: argparse.Namespace) -> Profile:
+    profile = profile_of(options)
+    if not options.schedules_ahead:
+        return profile
+    return dataclasses.replace(profile, name=f"{profile.name} scheduling ahead", schedules_ahead=True)
 
 
 def _settings(options: argparse.Namespace, trace: Trace, profile: Profile) -> Mapping[str, Any]:

@@ -93,6 +93,8 @@ class MockEngine:
         self.kv_blocks = profile.kv_blocks if kv_blocks is None else kv_blocks
         if self.kv_blocks < 1:
             raise InvalidArgument(f"kv_blocks must be at least 1, got {kv_blocks}")
+        if profile.schedules_ahead:
+            raise InvalidArgument(f"the mock engine does not schedule ahead, but {profile.name} does")
         self.next_s: float | None = None
         """When the step under way ends; None if there is none."""
         self.counts: Counter[str] = Counter()

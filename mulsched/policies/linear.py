@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from mulsched.indicators import Columns
 from mulsched.policies._parameters import at_least, weighted_race
 from mulsched.policies._policy import Policy, register
-from mulsched.scorers import min_max
+from mulsched.scorers import Linear, min_max
 
 __all__ = ["bailian", "dynamo", "linear"]
 
@@ -24,13 +24,10 @@ def linear(*, weight: float = 0.7) -> Policy:
     candidates that cannot win. Dividing by the largest is our reading of the paper's normalised batch size.
     """
     share = at_least(weight, "weight", 0, most=1)
-
-    def score(columns: Columns) -> NDArray[np.float64]:
-        miss = columns.new_prefill_tokens / columns.request.prompt_tokens
-        batch = columns.batch_size / columns.batch_size.max()
-        result: NDArray[np.float64] = share * miss + (1 - share) * batch
-        return result
-
+    score = Linear(
+        {"new_prefill_tokens": share, "batch_size": 1 - share},
+        normalise={"new_prefill_tokens": "prompt", "batch_size": "max"},
+    )
     return Policy(name="linear", score=score, source="arXiv 2603.15202 v1, section 4.3")
 
 

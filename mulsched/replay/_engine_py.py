@@ -16,6 +16,18 @@ of it (tests/replay/test_vllm_reference.py):
    and of a prompt that is wholly cached the last block is computed again, as a second copy under its key.
 5. Free blocks wait in a queue, still under their keys: blocks without a key at its front, others at its end,
    the tail of a request before its head. The front is taken next.
+
+An engine that schedules ahead, as vLLM's asynchronous scheduling does (checked by
+benchmarks/vllm_reference/ahead.py), plans a step when the one before starts, as if that had ended:
+
+6. A request that arrives while a step runs joins the second step after it. A step that could not be planned,
+   since there was nothing to do or no room, is planned when the one before ends.
+7. A request that ends with the step under way is not planned again, since its length is known as by
+   ``max_tokens``. Until that step has ended it counts as running and keeps its blocks, which are free for the
+   step after the next.
+8. It may be preempted meanwhile: its blocks are released earlier, and it still ends with its step. A request
+   that is preempted while it makes a token keeps the token.
+9. A block that an answer fills is cached a step later than in 4, when its last token is known.
 """
 
 from collections import OrderedDict, deque
@@ -99,6 +111,11 @@ class _Sequence:
         """Tokens to compute before the next one is made."""
         return self.prompt + self.generated
 
+    @property
+    def ends(self) -> bool:
+        """Whether all its tokens are made, or will be when the step under way ends."""
+        return self.generated >= self.output
+
 
 class EnginePy:
     """One engine; see the module's docstring. O(running) a step."""
@@ -110,16 +127,21 @@ class EnginePy:
         max_batched_tokens: int,
         max_num_seqs: int,
         watermark_blocks: int,
+        schedules_ahead: bool = False,
     ) -> None:
         self.block_size = block_size
         self.max_batched_tokens = max_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.watermark_blocks = watermark_blocks
+        self.schedules_ahead = schedules_ahead
         self.pool = _BlockPool(kv_blocks)
         self.waiting: deque[_Sequence] = deque()
         self.running: list[_Sequence] = []  # in the order of admission
         self.partial: _Sequence | None = None  # whose prompt is not computed yet: at most one, the last
         self.planned: list[tuple[_Sequence, int]] = []
+        self.next: StepLoad | None = None  # planned while another step runs
+        self.made = StepResult()  # by the step under way
+        self.ending: list[_Sequence] = []  # with it
         self.changes: list[CacheChange] = []
         self.evicted: list[int] = []
         self.preemptions = 0
@@ -133,45 +155,27 @@ class EnginePy:
         )
 
     def start_step(self) -> StepLoad | None:
-        """Schedule a step; return what it computes, or None if there is nothing to do."""
-        budget, preempted = self._schedule_running(self.max_batched_tokens)
-        batch = [sequence.computed for sequence, _ in self.planned if sequence is not self.partial]
-        while not preempted and budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
-            tokens = self._admit(self.waiting[0], budget)
-            if tokens == 0:
-                break
-            budget -= tokens
-        if not self.planned:
-            return None
-        chunks = self.planned[len(batch) :]
-        new_tokens = sum(tokens for _, tokens in chunks)
-        prefix = sum(tokens * sequence.computed for sequence, tokens in chunks)
-        twice_pairs = sum(tokens * (2 * sequence.computed + tokens) for sequence, tokens in chunks)
-        return StepLoad(
-            new_tokens,
-            prefix / new_tokens if chunks else 0.0,
-            len(batch),
-            sum(batch) / len(batch) if batch else 0.0,
-            twice_pairs / (2 * new_tokens) - new_tokens / 2 if chunks else 0.0,
-        )
+        """Start a step; return what it computes, or None if there is nothing to do."""
+        if not self.schedules_ahead:
+            return self._plan()
+        load = self._plan() if self.next is None else self.next
+        if load is not None:
+            self._advance()
+            self.next = self._plan()
+        return load
 
     def end_step(self) -> StepResult:
-        """End the step: count tokens, tell first tokens, release what is done."""
-        result = StepResult()
-        for sequence, tokens in self.planned:
-            sequence.computed += tokens
-            if sequence.computed < sequence.known:
-                continue
-            if self.partial is sequence:
-                self.partial = None
-            if sequence.generated == 0:
-                result.first_tokens.append((sequence.request, sequence.cached))
-            sequence.generated += 1
-            if sequence.generated >= sequence.output:
-                result.finished.append(sequence.request)
+        """End the step: tell first tokens, release what is done."""
+        if not self.schedules_ahead:
+            self._advance()
+        result, self.made = self.made, StepResult()
+        for sequence in self.ending:
+            result.finished.append(sequence.request)
+            if sequence.blocks:  # not preempted since
+                self._register(sequence, sequence.computed)
                 self.running.remove(sequence)
                 self._release(sequence)
-        self.planned = []
+        self.ending = []
         return result
 
     def take_changes(self) -> list[CacheChange]:
@@ -197,6 +201,44 @@ class EnginePy:
         copies = {block: key for key, blocks in self.pool.copies.items() for block in blocks}
         assert copies == self.pool.key, "keys and blocks differ"
 
+    def _plan(self) -> StepLoad | None:
+        """Plan a step; return what it computes, or None if there is nothing to do."""
+        budget, preempted = self._schedule_running(self.max_batched_tokens)
+        batch = [sequence.computed for sequence, _ in self.planned if sequence is not self.partial]
+        while not preempted and budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
+            tokens = self._admit(self.waiting[0], budget)
+            if tokens == 0:
+                break
+            budget -= tokens
+        if not self.planned:
+            return None
+        chunks = self.planned[len(batch) :]
+        new_tokens = sum(tokens for _, tokens in chunks)
+        prefix = sum(tokens * sequence.computed for sequence, tokens in chunks)
+        twice_pairs = sum(tokens * (2 * sequence.computed + tokens) for sequence, tokens in chunks)
+        return StepLoad(
+            new_tokens,
+            prefix / new_tokens if chunks else 0.0,
+            len(batch),
+            sum(batch) / len(batch) if batch else 0.0,
+            twice_pairs / (2 * new_tokens) - new_tokens / 2 if chunks else 0.0,
+        )
+
+    def _advance(self) -> None:
+        """Count what the planned step computes. What ends with it keeps its blocks until it has ended."""
+        for sequence, tokens in self.planned:
+            sequence.computed += tokens
+            if sequence.computed < sequence.known:
+                continue
+            if self.partial is sequence:
+                self.partial = None
+            if sequence.generated == 0:
+                self.made.first_tokens.append((sequence.request, sequence.cached))
+            sequence.generated += 1
+            if sequence.ends:
+                self.ending.append(sequence)
+        self.planned = []
+
     def _schedule_running(self, budget: int) -> tuple[int, bool]:
         """Plan a token for each that decodes and a chunk of the partial prompt; return what is left of the
         budget, and whether anyone was preempted.
@@ -205,8 +247,13 @@ class EnginePy:
         position = 0
         while position < len(self.running):
             sequence = self.running[position]
+            if sequence.ends:
+                position += 1
+                continue
             tokens = min(budget, sequence.known - sequence.computed)
-            while not self._extend(sequence, tokens):
+            # the token that it starts from is not known yet
+            unknown = int(self.schedules_ahead and sequence is not self.partial)
+            while not self._extend(sequence, tokens, unknown):
                 self._preempt()
                 preempted = True
                 if position == len(self.running):
@@ -242,13 +289,15 @@ class EnginePy:
         self._extend(sequence, tokens)
         return tokens
 
-    def _extend(self, sequence: _Sequence, tokens: int) -> bool:
-        """Plan tokens and give them blocks; return False, and change nothing, if there are too few."""
+    def _extend(self, sequence: _Sequence, tokens: int, unknown: int = 0) -> bool:
+        """Plan tokens, the last of them ``unknown``, and give them blocks; return False, and change nothing,
+        if there are too few.
+        """
         needed = self._blocks_for(sequence.computed + tokens) - len(sequence.blocks)
         if needed > self.pool.n_free():
             return False
         sequence.blocks += [self.pool.take(self.evicted) for _ in range(needed)]
-        self._register(sequence, sequence.computed + tokens)
+        self._register(sequence, sequence.computed + tokens - unknown)
         self.planned.append((sequence, tokens))
         return True
 
@@ -263,7 +312,8 @@ class EnginePy:
             self.partial = None
         self._release(sequence)
         sequence.computed = sequence.transferred = sequence.registered = 0
-        self.waiting.appendleft(sequence)
+        if not sequence.ends:
+            self.waiting.appendleft(sequence)
 
     def _release(self, sequence: _Sequence) -> None:
         for block in reversed(sequence.blocks):

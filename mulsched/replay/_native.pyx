@@ -38,6 +38,7 @@ cdef extern from *:
 cdef extern from "engine.hpp" namespace "mulsched" nogil:
     cdef cppclass CLimits "mulsched::EngineLimits":
         int64_t block_size, kv_blocks, max_batched_tokens, max_num_seqs, watermark_blocks
+        cbool schedules_ahead
 
     cdef cppclass CStepLoad "mulsched::StepLoad":
         int64_t new_tokens
@@ -88,9 +89,13 @@ cdef extern from "replay.hpp" namespace "mulsched" nogil:
     enum class Ties "mulsched::Ties":
         kLeastRecent, kRandom, kFirst
 
+    enum class Divisor "mulsched::Divisor":
+        kNone, kMax, kPrompt
+
     cdef cppclass CFusedScore "mulsched::FusedScore":
         vector[size_t] columns
         vector[double] weights
+        vector[Divisor] divisors
 
     cdef cppclass CTraceView "mulsched::TraceView":
         int64_t n, parts
@@ -219,7 +224,7 @@ cdef CLimits limits_of(object values) except *:
     """What ``Profile.limits`` returned."""
     cdef CLimits limits
     (limits.block_size, limits.kv_blocks, limits.max_batched_tokens, limits.max_num_seqs,
-     limits.watermark_blocks) = values
+     limits.watermark_blocks, limits.schedules_ahead) = values
     if limits.block_size < 1 or not 1 <= limits.kv_blocks < 2**32 - 1:
         raise ValueError(f"block size of at least 1 and 1..2**32-2 blocks expected, got {values}")
     return limits
@@ -230,8 +235,10 @@ cdef class EngineNative:
 
     cdef unique_ptr[CEngine] engine
 
-    def __cinit__(self, *limits):
-        self.engine.reset(new CEngine(limits_of(limits)))
+    def __cinit__(self, block_size, kv_blocks, max_batched_tokens, max_num_seqs, watermark_blocks,
+                  schedules_ahead=False):
+        self.engine.reset(new CEngine(limits_of(
+            (block_size, kv_blocks, max_batched_tokens, max_num_seqs, watermark_blocks, schedules_ahead))))
 
     @property
     def preemptions(self):
@@ -246,7 +253,7 @@ cdef class EngineNative:
                                  prompt_tokens, output_tokens, transferred_tokens)
 
     def start_step(self):
-        """Schedule a step; return what it computes, or None if there is nothing to do."""
+        """Start a step; return what it computes, or None if there is nothing to do."""
         cdef CStepLoad load
         if not self.engine.get().start_step(load):
             return None
@@ -254,7 +261,7 @@ cdef class EngineNative:
                         load.pair_prefix_tokens)
 
     def end_step(self):
-        """End the step: count tokens, tell first tokens, release what is done."""
+        """End the step: tell first tokens, release what is done."""
         cdef vector[CFirstToken] first_tokens
         cdef vector[int64_t] finished
         self.engine.get().end_step(first_tokens, finished)
@@ -496,6 +503,9 @@ def run_replay(trace, options, records, progress):
         if form is not None:
             replay.get().pools()[p].score.columns = form[0]
             replay.get().pools()[p].score.weights = form[1]
+            for divisor in form[2]:
+                replay.get().pools()[p].score.divisors.push_back(
+                    {None: Divisor.kNone, "max": Divisor.kMax, "prompt": Divisor.kPrompt}[divisor])
     with nogil:
         done = replay.get().run()
     if not done:

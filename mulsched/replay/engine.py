@@ -1,8 +1,8 @@
 """A model of one serving engine: continuous batching over a paged prefix cache, as in vLLM v1.
 
 The twins ``_native`` and ``_engine_py`` behave the same; the rules are in the docstring of the latter.
-What the model leaves out: asynchronous scheduling (a finish is then known one step later), speculative
-decoding, sliding windows, and stop strings: a request makes ``output_tokens`` tokens.
+What the model leaves out: speculative decoding, sliding windows, and stop strings: a request makes
+``output_tokens`` tokens.
 
 The engine knows neither routers nor a clock: the caller starts a step at a time and ends it at the time that
 ``start_step`` returns.
@@ -86,7 +86,7 @@ class EngineModel:
         return self._engine.preemptions
 
     def start_step(self, now: float) -> float | None:
-        """Schedule a step that starts at ``now``; return when it ends, or None if there is nothing to do.
+        """Start a step at ``now``; return when it ends, or None if there is nothing to do.
 
         Raises InvalidArgument while a step is under way.
         """

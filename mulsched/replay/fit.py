@@ -47,20 +47,18 @@ class Simulation:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A calibrated profile. ``error``: the sum of the mean relative errors of TTFT and TPOT it was fitted to.
+    """A calibrated profile.
 
-    ``schedule_ahead``: the engine plans a step while the one before runs, so a request waits a step more.
+    ``error``: the sum of the mean relative errors of TTFT and TPOT that it was fitted to.
     """
 
     profile: Profile
-    schedule_ahead: bool
     error: float
 
 
-def simulate(requests: RequestTimes, profile: Profile, *, schedule_ahead: bool = False) -> Simulation:
+def simulate(requests: RequestTimes, profile: Profile) -> Simulation:
     """Run the engine model over the arrivals and lengths of a run, without a prefix cache.
 
-    ``schedule_ahead``: while steps run, a request joins the second step after its arrival, not the next.
     Raises InvalidArgument for a request that the engine cannot hold.
     """
     n = len(requests.arrival_s)
@@ -69,22 +67,14 @@ def simulate(requests: RequestTimes, profile: Profile, *, schedule_ahead: bool =
     joined, first_token, finish = (np.zeros(n, dtype=np.int64) for _ in range(3))
     arrival_s = requests.arrival_s.tolist()
     prompts, outputs = requests.prompt_tokens.tolist(), requests.output_tokens.tolist()
-    now, arrived, steps, busy = arrival_s[0], 0, 0, False
-    held: list[int] = []
+    now, arrived, steps = arrival_s[0], 0, 0
     while True:
-        new = []
         while arrived < n and arrival_s[arrived] <= now:
             joined_s[arrived], joined[arrived] = now, steps
-            new.append(arrived)
+            engine.submit(arrived, _NO_KEYS, prompts[arrived], outputs[arrived])
             arrived += 1
-        joining, held = (held, new) if schedule_ahead and busy else (held + new, [])
-        for i in joining:
-            engine.submit(i, _NO_KEYS, prompts[i], outputs[i])
         ends = engine.start_step(now)
-        busy = ends is not None
         if ends is None:
-            if held:
-                continue
             if arrived == n:
                 break
             now = arrival_s[arrived]
@@ -161,7 +151,8 @@ def fit_profile(
     given, not fitted. Give ``context_s``, bytes of KV a token over bytes per second, unless contexts differ a
     lot: otherwise ``decode_s`` explains the same times. Limits that are None are what :func:`shown_limits`
     finds in the scored requests, which should be a run's beginning then, else 2,048 tokens and 256 requests,
-    which vLLM chooses; ``schedule_ahead`` is what :func:`schedules_ahead` finds.
+    which vLLM chooses; ``schedule_ahead``, the profile's ``schedules_ahead``, is what :func:`schedules_ahead`
+    finds.
 
     Time: candidates times 14 simulations.
     Raises InvalidArgument (no request is scored, a coefficient of another name, a request that no engine
@@ -187,8 +178,9 @@ def fit_profile(
             max_batched_tokens=shown_tokens or 2048 if max_batched_tokens is None else max_batched_tokens,
             max_num_seqs=shown_seqs or 256 if max_num_seqs is None else max_num_seqs,
             kv_blocks=blocks,
+            schedules_ahead=ahead,
         )
-        fits.append(_fit_step(requests, mask, limits, fixed, ahead))
+        fits.append(_fit_step(requests, mask, limits, fixed))
     if not fits:
         raise InvalidArgument("kv_blocks must be a number or candidates, got none")
     least = min(fit.error for fit in fits)
@@ -217,20 +209,20 @@ class _Recorder:
 
 
 def _fit_step(
-    requests: RequestTimes, mask: NDArray[np.bool_], limits: Profile, known: Mapping[str, float], ahead: bool
+    requests: RequestTimes, mask: NDArray[np.bool_], limits: Profile, known: Mapping[str, float]
 ) -> Fit:
     """Alternate between simulation and regression."""
     free = [name for name in _COEFFICIENTS if name not in known]
     trial = {**dict.fromkeys(_COEFFICIENTS, 0.0), **_first_guess(requests, mask), **known}
-    best = Fit(limits, ahead, np.inf)
+    best = Fit(limits, np.inf)
     for turn in range(_ROUNDS):
         step = FittedStep(**trial)
         recorder = _Recorder(step)
         profile = replace(limits, step_time=recorder)
-        run = simulate(requests, profile, schedule_ahead=ahead)
+        run = simulate(requests, profile)
         error = _error(requests, run, mask)
         if error < best.error:
-            best = Fit(replace(limits, step_time=step), ahead, error)
+            best = Fit(replace(limits, step_time=step), error)
         if not free:
             break
         counts, target = _equations(requests, run, mask, recorder.loads)

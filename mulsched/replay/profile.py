@@ -29,6 +29,8 @@ class Profile:
     requests running at a time, 256, vLLM's default. ``kv_blocks``: blocks of ``block_size`` tokens in the KV
     cache; 26,000 is what 0.9 of 80 GB leaves beside an 8B model in bf16 at 131,072 bytes a token.
     ``watermark_ratio`` of the blocks stays free when a request is admitted beside others, 0 as in vLLM.
+    ``schedules_ahead``: a step is planned while the one before runs (vLLM's asynchronous scheduling), so a
+    request joins the second step after its arrival; False, as figures of replays are of.
     Raises InvalidArgument for a limit below 1, a watermark not in [0, 1), and a token budget that does not
     cover a token for each of ``max_num_seqs`` requests, which vLLM refuses too.
     """
@@ -40,6 +42,7 @@ class Profile:
     max_num_seqs: int = 256
     kv_blocks: int = 26_000
     watermark_ratio: float = 0.0
+    schedules_ahead: bool = False
 
     def __post_init__(self) -> None:
         for limit in ("block_size", "max_batched_tokens", "max_num_seqs", "kv_blocks"):
@@ -53,10 +56,16 @@ class Profile:
         if not 0 <= self.watermark_ratio < 1:
             raise InvalidArgument(f"watermark_ratio must lie in [0, 1), got {self.watermark_ratio}")
 
-    def limits(self, kv_blocks: int) -> tuple[int, int, int, int, int]:
-        """Return block size, ``kv_blocks``, token budget, sequences and watermark in blocks."""
-        watermark = int(self.watermark_ratio * kv_blocks)
-        return self.block_size, kv_blocks, self.max_batched_tokens, self.max_num_seqs, watermark
+    def limits(self, kv_blocks: int) -> tuple[int, int, int, int, int, bool]:
+        """Return block size, ``kv_blocks``, tokens a step, sequences, watermark, ``schedules_ahead``."""
+        return (
+            self.block_size,
+            kv_blocks,
+            self.max_batched_tokens,
+            self.max_num_seqs,
+            int(self.watermark_ratio * kv_blocks),
+            self.schedules_ahead,
+        )
 
 
 def roofline(model: ModelShape, gpu: Gpu) -> Roofline | MoeRoofline:

@@ -1,6 +1,7 @@
 """The engine that the mock serves: which request gets which token when."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,6 +179,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(prompt, answer):
         e.submit(1, tokens(prompt), tokens(answer))
     assert e.waiting == 0
     e.check()
+
+
+def test_an_engine_that_schedules_ahead_is_refused():
+    with pytest.raises(InvalidArgument, match="the mock engine does not schedule ahead"):
+        MockEngine("e", replace(PROFILE, schedules_ahead=True))
 
 
 def test_a_number_in_use_is_refused():

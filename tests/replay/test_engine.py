@@ -148,6 +148,39 @@ def test_when_memory_runs_out_the_last_admitted_is_preempted_and_still_finishes(
     assert first[B][1] == 0  # what it found at its first admission
 
 
+def test_an_engine_that_schedules_ahead_takes_an_arrival_a_step_later(engine):
+    submissions = [(0.0, A, keys(1), 4, 9), (0.001, B, keys(2), 4, 1)]
+    at_once, _, _ = run(engine(), submissions)
+    later, _, _ = run(engine(schedules_ahead=True), submissions)
+    assert at_once[A] == later[A] == (pytest.approx(0.014), 0)  # it was idle
+    assert later[B][0] == pytest.approx(at_once[B][0] + 0.0101)  # a step of a alone
+
+
+def test_what_was_not_planned_ahead_starts_when_the_step_before_ends(engine):
+    first, _, _ = run(engine(schedules_ahead=True), [(0.0, A, keys(1), 4, 1), (0.001, B, keys(2), 4, 1)])
+    assert first[B][0] == pytest.approx(2 * 0.014)
+
+
+def test_scheduling_ahead_changes_nothing_for_a_request_alone(engine):
+    alone = [(0.0, A, keys(1, 2), 10, 7)]
+    assert (
+        run(engine(max_batched_tokens=4), alone)[:2]
+        == run(engine(max_batched_tokens=4, schedules_ahead=True), alone)[:2]
+    )
+
+
+@pytest.mark.parametrize("limit", [{"max_num_seqs": 2}, {"kv_blocks": 4}])
+def test_scheduling_ahead_a_place_or_blocks_come_free_for_the_step_after_the_next(engine, limit):
+    # a and b fill the engine, b ends with the third step, and c has waited since before
+    submissions = [(0.0, A, keys(1), 4, 9), (0.0, B, keys(2), 6, 3), (0.001, C, keys(3), 4, 1)]
+    starts = {}
+    for ahead in (False, True):
+        first, ends, _ = run(engine(schedules_ahead=ahead, **limit), submissions)
+        starts[ahead] = first[C][0] - ends[B]
+    assert starts[False] == pytest.approx(0.0141)
+    assert starts[True] == pytest.approx(0.0101 + 0.0141)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

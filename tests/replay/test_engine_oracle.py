@@ -7,7 +7,7 @@ import pytest
 from backends import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_vllm import NaiveVllm
+from naive_vllm import NaiveAsyncVllm, NaiveVllm
 
 from mulsched.replay._engine_py import EnginePy
 
@@ -49,16 +49,17 @@ def twin(request):
     requests=st.lists(REQUEST, min_size=1, max_size=10),
     max_num_seqs=st.integers(1, 5),
     spare_tokens=st.integers(0, 20),
+    schedules_ahead=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
-def test_every_step_is_that_of_the_naive_engine(twin, requests, max_num_seqs, spare_tokens):
+@settings(max_examples=300, deadline=None)
+def test_every_step_is_that_of_the_naive_engine(twin, requests, max_num_seqs, spare_tokens, schedules_ahead):
     budget = max_num_seqs + spare_tokens
-    model = twin(BLOCK_SIZE, KV_BLOCKS, budget, max_num_seqs, 0)
-    naive = NaiveVllm(
+    model = twin(BLOCK_SIZE, KV_BLOCKS, budget, max_num_seqs, 0, schedules_ahead)
+    naive = (NaiveAsyncVllm if schedules_ahead else NaiveVllm)(
         block_size=BLOCK_SIZE, kv_blocks=KV_BLOCKS, max_batched_tokens=budget, max_num_seqs=max_num_seqs
     )
     pending = sorted(enumerate(requests), key=lambda request: request[1][0])
-    at = 0
+    at = preemptions = 0
     while pending or naive.running or naive.waiting:
         while pending and pending[0][1][0] <= at:
             number, (_, prefix, shared_blocks, prompt_tokens, output_tokens) = pending.pop(0)
@@ -66,13 +67,16 @@ def test_every_step_is_that_of_the_naive_engine(twin, requests, max_num_seqs, sp
             naive.submit(number, path, prompt_tokens, output_tokens)
             model.submit(number, np.array(path, dtype=np.uint64), prompt_tokens, output_tokens, 0)
         at += 1
-        expected = naive.step()
+        scheduled = naive.start()
         load = model.start_step()
-        assert bool(expected.scheduled) == (load is not None)
+        assert bool(scheduled) == (load is not None)
         if load is None:
             continue
-        assert sum(tokens for _, _, tokens in expected.scheduled) == load.new_tokens + load.decode_batch
-        result = model.end_step()
+        assert sum(tokens for _, _, tokens in scheduled) == load.new_tokens + load.decode_batch
+        model.check()
+        expected, result = naive.end(), model.end_step()
+        preemptions += len(expected.preempted)
+        assert preemptions == model.preemptions
         assert expected.first_tokens == result.first_tokens
         assert expected.finished == result.finished
         changes = [

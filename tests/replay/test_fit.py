@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mulsched.errors import InvalidArgument, MissingExtra
+from mulsched.replay import Trace, replay
 from mulsched.replay.fit import fit_profile, schedules_ahead, shown_limits, simulate
 from mulsched.replay.profile import Profile
 from mulsched.replay.request_times import RequestTimes
@@ -22,6 +23,7 @@ TRUE = FittedStep(
     mixed_decode_s=6e-5,
 )
 ENGINE = Profile("true", TRUE, max_batched_tokens=2048, max_num_seqs=256, kv_blocks=20_000)
+AHEAD = replace(ENGINE, schedules_ahead=True)
 LOADS = [(0, 0, 4, 500), (0, 0, 40, 1000), (1000, 0, 20, 800), (2048, 1000, 40, 800)]
 
 
@@ -41,9 +43,9 @@ def requests_of(n=80, rate=8.0, seed=1):
     )
 
 
-def run_of(engine=ENGINE, *, schedule_ahead=False, **made):
+def run_of(engine=ENGINE, **made):
     requests = requests_of(**made)
-    run = simulate(requests, engine, schedule_ahead=schedule_ahead)
+    run = simulate(requests, engine)
     return replace(requests, first_token_s=run.first_token_s, finish_s=run.finish_s)
 
 
@@ -65,7 +67,7 @@ def test_a_lone_request_takes_the_sum_of_its_steps():
 def test_an_engine_that_schedules_ahead_takes_requests_a_step_later():
     times = [np.array([0.0, 0.001])] * 2 + [np.array([1.0, 1.0]), np.array([2.0, 2.0])]
     requests = RequestTimes("two", *times, np.array([10, 10]), np.array([5, 5]))
-    at_once, ahead = simulate(requests, ENGINE), simulate(requests, ENGINE, schedule_ahead=True)
+    at_once, ahead = simulate(requests, ENGINE), simulate(requests, AHEAD)
     assert at_once.first_token[1] == 2
     assert ahead.first_token[1] == 3
     assert ahead.joined_s[1] == at_once.joined_s[1]
@@ -73,8 +75,41 @@ def test_an_engine_that_schedules_ahead_takes_requests_a_step_later():
 
 def test_an_idle_engine_takes_requests_at_once_however_it_schedules():
     requests = requests_of(5, rate=0.01)
-    at_once, ahead = simulate(requests, ENGINE), simulate(requests, ENGINE, schedule_ahead=True)
+    at_once, ahead = simulate(requests, ENGINE), simulate(requests, AHEAD)
     np.testing.assert_array_equal(at_once.first_token_s, ahead.first_token_s)
+
+
+@pytest.mark.parametrize("engine", [ENGINE, AHEAD, replace(AHEAD, max_num_seqs=4)])
+def test_a_replay_on_one_instance_has_the_times_of_the_simulation(engine):
+    requests = requests_of()
+    blocks = requests.prompt_tokens // 16
+    trace = Trace(
+        name="made",
+        block_size=16,
+        arrival_s=requests.arrival_s,
+        prompt_tokens=requests.prompt_tokens,
+        output_tokens=requests.output_tokens,
+        run_start=np.cumsum(blocks) - blocks,  # none is another's
+        run_length=blocks,
+        run_offset=np.arange(81),
+        session=np.full(80, -1),
+        previous=np.full(80, -1),
+        think_s=np.zeros(80),
+    )
+    result, run = replay(trace, "lmetric", profile=engine, instances=1), simulate(requests, engine)
+    assert result.first_token_s.tolist() == run.first_token_s.tolist()
+    assert result.finish_s.tolist() == run.finish_s.tolist()
+
+
+@pytest.mark.parametrize("engine", [ENGINE, AHEAD])
+def test_that_an_engine_schedules_ahead_is_found_and_kept_in_its_profile(engine):
+    requests = requests_of(40, rate=60.0)
+    requests = replace(requests, prompt_tokens=requests.prompt_tokens // 30)  # prompts of one step
+    run = simulate(requests, engine)
+    made = replace(requests, scheduled_s=run.joined_s, first_token_s=run.first_token_s, finish_s=run.finish_s)
+    known = {name: getattr(TRUE, name) for name in TRUE.__slots__}
+    fit = fit_profile(made, kv_blocks=20_000, known=known)
+    assert fit.profile.schedules_ahead == engine.schedules_ahead
 
 
 def test_coefficients_that_made_a_run_come_back():
@@ -84,10 +119,10 @@ def test_coefficients_that_made_a_run_come_back():
 
 
 def test_they_come_back_from_the_first_half_of_an_engine_that_schedules_ahead():
-    run = run_of(schedule_ahead=True)
+    run = run_of(AHEAD)
     half = np.arange(80) < 40
     fit = fit_profile(run, kv_blocks=20_000, scored=half, schedule_ahead=True)
-    again = simulate(run, fit.profile, schedule_ahead=True)
+    again = simulate(run, fit.profile)
     np.testing.assert_allclose(again.finish_s[~half], run.finish_s[~half], rtol=0.03)
 
 

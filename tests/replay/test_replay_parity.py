@@ -87,12 +87,14 @@ def twins(trace, policy, **options):
     in_flight=st.sampled_from(["ignore", "cached"]),
     split=st.sampled_from([None, Disaggregation(1), Disaggregation(2, "lmetric", 1e-4)]),
     blocks=st.sampled_from([20, 200]),
+    schedules_ahead=st.booleans(),
     seed=st.integers(-5, 5),
 )
 def test_the_twins_agree_on_every_request(
-    drawn, policy, loop, cache_source, ties, delay, loss, in_flight, split, blocks, seed
+    drawn, policy, loop, cache_source, ties, delay, loss, in_flight, split, blocks, schedules_ahead, seed
 ):
     options = {
+        "profile": replace(SMALL, schedules_ahead=schedules_ahead),
         "loop": loop,
         "cache_source": cache_source,
         "ties": ties,
