@@ -31,31 +31,30 @@ def prompts(count, seed):
     ]
 
 
+async def ask(count, seed, in_flight):
+    """Return the seconds that each reservation took."""
+    router = RouterActor("benchmark", 60.0, time.monotonic, **OPTIONS)
+    await router.reserve(prompts(1, 0)[0], (seed, "first"), REPLICAS)
+    work = iter(enumerate(prompts(count, seed)))
+    took = []
+
+    async def client():
+        for number, prompt in work:
+            start = time.perf_counter()
+            replica = await router.reserve(prompt, (seed, number), REPLICAS)
+            took.append(time.perf_counter() - start)
+            router.end(("finish", (seed, number), replica))
+
+    await asyncio.gather(*(client() for _ in range(in_flight)))
+    assert router.local_decisions == 0
+    return took
+
+
 class Front:
-    """A process with a router."""
+    """A process that has a router, or asks one."""
 
-    def one_by_one(self, count, seed):
-        return asyncio.run(self._run(count, seed, 1))
-
-    def many(self, count, seed):
-        return asyncio.run(self._run(count, seed, IN_FLIGHT))
-
-    async def _run(self, count, seed, in_flight):
-        router = RouterActor("benchmark", 60.0, time.monotonic, **OPTIONS)
-        await router.reserve(prompts(1, 0)[0], (seed, "first"), REPLICAS)
-        work = iter(enumerate(prompts(count, seed)))
-        took = []
-
-        async def client():
-            for number, prompt in work:
-                start = time.perf_counter()
-                replica = await router.reserve(prompt, (seed, number), REPLICAS)
-                took.append(time.perf_counter() - start)
-                router.end(("finish", (seed, number), replica))
-
-        await asyncio.gather(*(client() for _ in range(in_flight)))
-        assert router.local_decisions == 0
-        return took
+    def ask(self, count, seed, in_flight):
+        return asyncio.run(ask(count, seed, in_flight))
 
     def alone(self, count, seed):
         bodies, took = BodyRouter(**OPTIONS), []
@@ -79,24 +78,23 @@ def main():
     )
     parser.add_argument("--requests", type=int, default=2000)
     count = parser.parse_args().requests
-    ray.cloudpickle.register_pickle_by_value(__import__(__name__))
     node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     cluster = Cluster(
         initialize_head=True, head_node_args={**node, "resources": {"a": 1}, "include_dashboard": False}
     )
     cluster.add_node(**node, resources={"b": 1})
     ray.init(address=cluster.address, log_to_driver=False)
-    a, b = (ray.remote(num_cpus=0)(Front).options(resources={name: 1}).remote() for name in "ab")
-    ray.get([a.one_by_one.remote(10, 1), b.one_by_one.remote(10, 2)])
+    a, b = (ray.remote(num_cpus=0)(Front).options(resources={name: 0.5}).remote() for name in "ab")
+    ray.get([a.ask.remote(10, 1, 1), b.ask.remote(10, 2, 1)])
     actor = ray.get_actor("benchmark", namespace="mulsched")
     show("in the process itself", ray.get([a.alone.remote(count, 3)]))
-    for name, front in (("a", a), ("b", b)):
-        show(f"the actor, asked from node {name}", ray.get([front.one_by_one.remote(count, name)]))
+    for name, front, seed in (("a", a, 4), ("b", b, 5)):
+        show(f"the actor, asked from node {name}", ray.get([front.ask.remote(count, seed, 1)]))
     cpu = actor.__ray_call__.remote(lambda shared: time.process_time())
     start, before = time.perf_counter(), ray.get(cpu)
     show(
         f"the actor, {IN_FLIGHT} at once from both",
-        ray.get([a.many.remote(count, 4), b.many.remote(count, 5)]),
+        ray.get([a.ask.remote(count, 6, IN_FLIGHT), b.ask.remote(count, 7, IN_FLIGHT)]),
     )
     elapsed = time.perf_counter() - start
     cpu = ray.get(actor.__ray_call__.remote(lambda shared: time.process_time())) - before
