@@ -79,7 +79,7 @@ def test_a_replica_that_is_offered_again_is_back_without_its_cache(shared):
     chosen = shared.reserve(PROMPT, "a1", NAMES)
     shared.end([("finish", "a1", chosen)])
     shared.forget([chosen])
-    shared.reserve(PROMPT, "b1", NAMES)
+    shared.reserve((KEYS + np.uint64(100), PROMPT[1]), "b1", NAMES)
     assert sorted(loads(shared)) == NAMES
     assert (
         shared.bodies.lifecycle.router.select_keys(
