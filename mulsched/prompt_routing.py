@@ -9,13 +9,13 @@ from collections.abc import Hashable, Iterable
 
 import numpy as np
 
-from mulsched.block_keys import block_keys
+from mulsched.block_keys import block_keys, text_block_keys
 from mulsched.decision import Decision
 from mulsched.lifecycle import Lifecycle
 from mulsched.openai_prompt import Prompt
-from mulsched.types import Namespace
+from mulsched.types import Keys, Namespace
 
-__all__ = ["CHARACTERS_PER_TOKEN", "NO_KEYS", "namespace_of", "reserve_prompt"]
+__all__ = ["CHARACTERS_PER_TOKEN", "NO_KEYS", "namespace_of", "prompt_keys", "reserve_prompt"]
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -28,6 +28,22 @@ def namespace_of(prompt: Prompt) -> Namespace | None:
     if prompt.model is None and prompt.cache_salt is None:
         return None
     return Namespace(model=prompt.model, cache_salt=prompt.cache_salt)
+
+
+def prompt_keys(prompt: Prompt | None, block_chars: int) -> tuple[Keys, int]:
+    """Return the block keys of a prompt and its length in characters, as a router takes them.
+
+    ``prompt``: None for one that cannot be read. ``block_chars``: the router's block size,
+    ``CHARACTERS_PER_TOKEN`` times the engines'. O(prompt).
+    """
+    if prompt is not None and prompt.text is not None:
+        return text_block_keys(prompt.text, block_chars, namespace=namespace_of(prompt)), len(prompt.text)
+    if prompt is not None and prompt.token_ids is not None:
+        keys = block_keys(
+            prompt.token_ids, block_chars // CHARACTERS_PER_TOKEN, namespace=namespace_of(prompt)
+        )
+        return keys, len(prompt.token_ids) * CHARACTERS_PER_TOKEN
+    return NO_KEYS, 1
 
 
 def reserve_prompt(
@@ -43,19 +59,7 @@ def reserve_prompt(
     ``prompt``: None for one that cannot be read, which goes where the load is least: its server will say
     what is wrong with it. Raises as :meth:`Lifecycle.route`.
     """
-    if prompt is not None and prompt.text is not None:
-        return lifecycle.route_text(
-            prompt.text,
-            request_id=request_id,
-            now=now,
-            candidates=candidates,
-            namespace=namespace_of(prompt),
-        )
-    keys, length = NO_KEYS, 1
-    if prompt is not None and prompt.token_ids is not None:
-        size = lifecycle.router.block_size // CHARACTERS_PER_TOKEN
-        keys = block_keys(prompt.token_ids, size, namespace=namespace_of(prompt))
-        length = len(prompt.token_ids) * CHARACTERS_PER_TOKEN
+    keys, length = prompt_keys(prompt, lifecycle.router.block_size)
     return lifecycle.route_keys(
         keys, prompt_tokens=length, request_id=request_id, now=now, candidates=candidates
     )

@@ -4,16 +4,21 @@ What a prompt is routed by is in :mod:`mulsched.prompt_routing`.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.lifecycle import Lifecycle
 from mulsched.load import check_count
 from mulsched.openai_prompt import parse_prompt
-from mulsched.prompt_routing import CHARACTERS_PER_TOKEN, reserve_prompt
+from mulsched.prompt_routing import CHARACTERS_PER_TOKEN, prompt_keys
 from mulsched.router import PolicyLike, Router
+from mulsched.types import Keys
 
-__all__ = ["BodyRouter", "as_body"]
+__all__ = ["BodyRouter", "End", "PromptKeys", "as_body"]
+
+PromptKeys = tuple[Keys, int]
+End = tuple[Literal["finish", "cancel"], Hashable, str | None]
+"""How a request ended, its id, and the instance that says so, if one does."""
 
 _PROMPTS = ("messages", "prompt", "input")
 _SHARED = ("model", "cache_salt", "tools")
@@ -55,21 +60,46 @@ class BodyRouter:
             if name not in known:
                 self.lifecycle.router.add_instance(name, cache_blocks=self._cache_blocks)
 
-    def reserve(
-        self, body: Any, *, request_id: Hashable, now: float, candidates: Iterable[str] | None = None
-    ) -> str:
-        """Select an instance and reserve it in one atomic step; return its name.
+    def read(self, body: Any) -> PromptKeys:
+        """Return what a body is routed by: block keys, and a length in characters.
 
         A body without a prompt that can be read is placed by load alone: its server will say what is wrong
-        with it. Raises NoEligibleInstance, UnknownInstance.
+        with it.
         """
         try:
             prompt = parse_prompt(body)
         except (InvalidArgument, InvalidType):
             prompt = None
-        return reserve_prompt(
-            self.lifecycle, prompt, request_id=request_id, now=now, candidates=candidates
+        return prompt_keys(prompt, self.lifecycle.router.block_size)
+
+    def reserve(
+        self, body: Any, *, request_id: Hashable, now: float, candidates: Iterable[str] | None = None
+    ) -> str:
+        """Select an instance and reserve it in one atomic step; return its name.
+
+        Raises NoEligibleInstance, UnknownInstance.
+        """
+        return self.reserve_keys(self.read(body), request_id=request_id, now=now, candidates=candidates)
+
+    def reserve_keys(
+        self,
+        prompt: PromptKeys,
+        *,
+        request_id: Hashable,
+        now: float,
+        candidates: Iterable[str] | None = None,
+    ) -> str:
+        """Do what ``reserve`` does for a body that was read."""
+        keys, length = prompt
+        return self.lifecycle.route_keys(
+            keys, prompt_tokens=length, request_id=request_id, now=now, candidates=candidates
         ).instance
+
+    def end(self, end: End, *, now: float) -> None:
+        """Take the end of a request."""
+        signal, request_id, instance = end
+        hear = self.lifecycle.finish if signal == "finish" else self.lifecycle.cancel
+        hear(request_id, now=now, instance=instance)
 
 
 def as_body(value: Any) -> Mapping[str, Any] | None:

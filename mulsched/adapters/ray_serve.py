@@ -13,19 +13,22 @@
     )
     class Engine: ...
 
-Each process that has a handle to the deployment, such as a proxy, has a router of its own and sees its own
-requests only. Written for Ray 2.60, where the interface is alpha.
+Each process that has a handle to the deployment, such as the proxy of a node, has a router of its own and
+sees its own requests only, unless ``shared=True`` lets one actor decide for all. Written for Ray 2.60, where
+the interface is alpha.
 """
 
 import time
 from collections.abc import Callable
 from typing import Any
 
-from mulsched.adapters._bodies import BodyRouter, as_body
+from mulsched.adapters._bodies import BodyRouter, End, as_body
 from mulsched.errors import MissingExtra
 
 try:
     from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+    from mulsched.adapters._ray_actor import RouterActor
 except ImportError as error:
     raise MissingExtra("the Ray Serve adapter needs ray[serve]: pip install 'mulsched[ray]'") from error
 
@@ -45,11 +48,22 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         *,
         prefill_tokens_per_s: float = 10_000.0,
         clock: Callable[[], float] = time.monotonic,
+        shared: bool = False,
+        shared_timeout_s: float = 0.1,
         **options: Any,
     ) -> None:
-        """Take the keyword arguments of :class:`BodyRouter`. The default rate is arbitrary: measure yours."""
+        """Take the keyword arguments of :class:`BodyRouter`. The default rate is arbitrary: measure yours.
+
+        ``shared``: decide and book in one actor for all processes with a handle to this deployment. Where it
+        has not answered within ``shared_timeout_s`` (arbitrary), the process decides by what it knows itself.
+        """
+        options["prefill_tokens_per_s"] = prefill_tokens_per_s
         self._clock = clock
-        self.bodies = BodyRouter(prefill_tokens_per_s=prefill_tokens_per_s, **options)
+        self.bodies = BodyRouter(**options)
+        self.shared: RouterActor | None = None
+        if shared:
+            name = f"{self._deployment_id.app_name}#{self._deployment_id.name}"
+            self.shared = RouterActor(name, shared_timeout_s, clock, **options)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Add replicas that are new, forget those that are gone."""
@@ -62,7 +76,12 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         self._follow_replicas()
 
     def _follow_replicas(self) -> None:
-        self.bodies.set_instances(replica_id.to_full_id_str() for replica_id in self.curr_replicas)
+        known = self.bodies.lifecycle.router.instances
+        names = dict.fromkeys(replica_id.to_full_id_str() for replica_id in self.curr_replicas)
+        self.bodies.set_instances(names)
+        gone = [name for name in known if name not in names]
+        if self.shared is not None and gone:
+            self.shared.forget(gone)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -72,27 +91,42 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         Ray asks again while the replica turns out to be full: the reservation then moves, to one of those
         that are not known to be full if there are any.
         """
-        replicas = {r.replica_id.to_full_id_str(): r for r in candidate_replicas}
-        free = [r.replica_id.to_full_id_str() for r in self.select_available_replicas(candidate_replicas)]
         if pending_request is None:  # nothing to book
-            return [list(replicas.values())]
+            return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # these are all the candidates
         request_id = pending_request.metadata.internal_request_id
         arguments = [*pending_request.args, *pending_request.kwargs.values()]
-        body = next((body for body in map(as_body, arguments) if body is not None), None)
-        name = self.bodies.reserve(
-            body, request_id=request_id, now=self._clock(), candidates=free or replicas
-        )
+        prompt = self.bodies.read(next((body for body in map(as_body, arguments) if body is not None), None))
 
         def on_done(future: Any) -> None:
             if future.cancelled():  # the caller went while the request waited for a replica
-                self.bodies.lifecycle.cancel(request_id, now=self._clock())
+                self._end(("cancel", request_id, None))
 
         pending_request.future.add_done_callback(on_done)
+        free = self.select_available_replicas(candidate_replicas) or candidate_replicas
+        names = [replica.replica_id.to_full_id_str() for replica in free]
+        chosen = None
+        if self.shared is not None:
+            chosen = await self.shared.reserve(prompt, request_id, names)
+        # those that did not die while the actor was asked
+        replicas = {replica_id.to_full_id_str(): r for replica_id, r in self.curr_replicas.items()}
+        candidates = [name for name in names if name in replicas]
+        if not candidates:  # Ray asks again
+            return []
+        if chosen is not None and chosen in candidates:
+            candidates = [chosen]
+        name = self.bodies.reserve_keys(
+            prompt, request_id=request_id, now=self._clock(), candidates=candidates
+        )
+        if self.shared is not None and name != chosen:
+            self.shared.book(prompt, request_id, name)
         return [[replicas[name]]]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """End a request: it succeeded, failed, or the replica rejected it and Ray will choose again."""
-        self.bodies.lifecycle.finish(
-            internal_request_id, now=self._clock(), instance=replica_id.to_full_id_str()
-        )
+        self._end(("finish", internal_request_id, replica_id.to_full_id_str()))
+
+    def _end(self, end: End) -> None:
+        self.bodies.end(end, now=self._clock())
+        if self.shared is not None:
+            self.shared.end(end)
