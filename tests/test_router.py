@@ -527,6 +527,15 @@ def test_expired_requests_leave_their_prefill_to_who_counted_on_it():
     assert r.load("a")["queued_prefill_tokens"] == 100
 
 
+def test_nobody_is_booked_for_what_an_earlier_request_brings_though_the_cancelled_one_had_to_compute_it():
+    r = router("a", cache_blocks=None)
+    whole_blocks = PROMPT[:80]  # its last block is computed again, wherever it is cached
+    for i, prompt in enumerate((whole_blocks, whole_blocks, PROMPT)):
+        r.route(prompt, request_id=i)
+    r.cancel(1)
+    assert r.load("a")["queued_prefill_tokens"] == 80 + 20
+
+
 @given(st.data())
 def test_after_cancellations_the_rest_is_booked_as_if_it_had_come_alone(data):
     prompts = data.draw(
