@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import signal
 import sys
 import time
@@ -81,6 +82,16 @@ def add_parser(commands: Any) -> None:
         "--prefill-tokens-per-s", type=float, metavar="X", help="of an engine, for answers not streamed"
     )
     parser.add_argument(
+        "--poll-load",
+        dest="poll_load_s",
+        type=float,
+        metavar="S",
+        help="ask engines for their load so often, if others send them requests too",
+    )
+    parser.add_argument(
+        "--record", metavar="FILE", help="a log of decisions that replays; see docs/record-format.md"
+    )
+    parser.add_argument(
         "--api-key",
         dest="api_keys",
         action="append",
@@ -113,20 +124,24 @@ def _run(options: argparse.Namespace) -> int:
     from mulsched.gateway.gateway import Gateway
     from mulsched.gateway.logs import JsonLog, no_log
     from mulsched.gateway.prompts import PromptReader, load_tokenizer
+    from mulsched.record import Recorder
 
     config = _config(options)
     if config.api_keys == () and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"mulsched: whoever reaches {options.host} may use the engines: no --api-key", file=sys.stderr)
-    prompts = None
-    if options.tokenizer != "none":
-        prompts = PromptReader(
-            config.block_size, load_tokenizer(options.tokenizer), _chat_template(options.chat_template)
-        )
+    encode = None if options.tokenizer == "none" else load_tokenizer(options.tokenizer)
+    prompts = PromptReader(config.block_size, encode, _chat_template(options.chat_template))
     # standard error without Python's buffers, a system call a line
     errors = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115
     log = no_log if options.no_log else JsonLog(errors.write, time.time)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        gateway = Gateway(config, new_id=lambda: uuid.uuid4().hex, prompts=prompts, log=log)
+    with contextlib.ExitStack() as stack:
+        recorder = None
+        if options.record is not None:
+            recorder = stack.enter_context(Recorder(options.record, block_size=prompts.router_block_size))
+        runner = stack.enter_context(asyncio.Runner(loop_factory=_loop_factory()))
+        gateway = Gateway(
+            config, new_id=lambda: uuid.uuid4().hex, prompts=prompts, log=log, recorder=recorder
+        )
         runner.run(_serve(gateway, options))
     return 0
 

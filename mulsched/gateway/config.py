@@ -55,7 +55,8 @@ class GatewayConfig:
     vLLM. ``kv_tokens``: the size of each engine's KV cache, for the prediction of what it holds; None asks
     the engine's metrics for it, and takes 100,000 where they do not tell. ``prefill_tokens_per_s``: what an
     engine computes of prompts, for answers that are not streamed, whose first token is not seen; None keeps
-    their prompts in the queue term until they end.
+    their prompts in the queue term until they end. ``poll_load_s``: how often engines' metrics are asked for
+    their load, to count requests that come from elsewhere; None does not.
 
     ``api_keys``: clients must send one of them; none: everyone may. ``engine_api_key``: sent to engines.
     ``forward_headers``: headers of clients that go on to engines besides those that always do.
@@ -75,6 +76,7 @@ class GatewayConfig:
     block_size: int = 16
     kv_tokens: int | None = None
     prefill_tokens_per_s: float | None = None
+    poll_load_s: float | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     engine_api_key: str | None = field(default=None, repr=False)
     forward_headers: tuple[str, ...] = ()

@@ -70,16 +70,19 @@ class PromptReader:
         """How much of what the router counts is a token."""
         return 1 if self._encode is not None else CHARACTERS_PER_TOKEN
 
-    async def read(self, body: Mapping[str, Any]) -> RoutedPrompt:
-        """Return how to book the prompt; one that cannot be read, by load: the engine will refuse it."""
+    async def read(self, body: Mapping[str, Any], *, adapter: bool = False) -> RoutedPrompt:
+        """Return how to book the prompt; one that cannot be read, by load: the engine will refuse it.
+
+        ``adapter``: its model is one of another model's.
+        """
         try:
             prompt = parse_prompt(body)
         except (InvalidArgument, InvalidType):
             return _by_load
         namespace = namespace_of(prompt)
         if namespace is not None and self._encode is not None:
-            # events name no model: what they tell holds for the one that the engine has
-            namespace = replace(namespace, model=None)
+            # events name adapters, and no model: what they tell holds for the one that the engine has
+            namespace = replace(namespace, model=None, lora=prompt.model if adapter else None)
         if prompt.token_ids is not None:
             return self._of_tokens(np.array(prompt.token_ids, dtype=np.uint32), namespace)
         assert prompt.text is not None
