@@ -36,8 +36,8 @@ MODEL = {
     "torch_dtype": "float32",
 }
 TEMPLATE = (
-    "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    "{% for message in messages %}{{ bos_token }}{{ message.role }}: {{ message.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ bos_token }}assistant: {% endif %}"
 )
 
 
@@ -57,7 +57,6 @@ def write_model(directory):
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(described | {"chat_template": TEMPLATE}))
     (directory / "config.json").write_text(json.dumps(MODEL))
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def write_adapter(directory):
@@ -188,8 +187,7 @@ class Gateway:
         self.url = f"http://127.0.0.1:{port}"
         self._command = [
             *(sys.executable, "-m", "mulsched", "serve", "--port", str(port)),
-            *("--block-size", str(BLOCK_SIZE), "--tokenizer", str(directory / "tokenizer.json")),
-            *("--chat-template", str(directory / "chat_template.jinja"), *flags),
+            *("--block-size", str(BLOCK_SIZE), "--tokenizer", str(directory), *flags),
         ]
         for engine in engines:
             self._command += ["--engine", engine.url, "--kv-events", engine.kv_events]

@@ -73,10 +73,13 @@ def add_parser(commands: Any) -> None:
         "--tokenizer",
         default="none",
         metavar="NAME",
-        help="a tokenizer.json, or a model on Hugging Face's hub (default: none, routing by text)",
+        help="a model's directory, a tokenizer.json, or a model on Hugging Face's hub "
+        "(default: none, routing by text)",
     )
     parser.add_argument(
-        "--chat-template", metavar="FILE", help="the model's, for tokens of chats as its engine sees them"
+        "--chat-template",
+        metavar="FILE",
+        help="for tokens of chats as engines see them (default: the one beside the tokenizer)",
     )
     parser.add_argument(
         "--prefill-tokens-per-s", type=float, metavar="X", help="of an engine, for answers not streamed"
@@ -130,7 +133,7 @@ def _run(options: argparse.Namespace) -> int:
     if config.api_keys == () and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"mulsched: whoever reaches {options.host} may use the engines: no --api-key", file=sys.stderr)
     encode = None if options.tokenizer == "none" else load_tokenizer(options.tokenizer)
-    prompts = PromptReader(config.block_size, encode, _chat_template(options.chat_template))
+    prompts = PromptReader(config.block_size, encode, _chat_template(options))
     # standard error without Python's buffers, a system call a line
     errors = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115
     log = no_log if options.no_log else JsonLog(errors.write, time.time)
@@ -176,10 +179,14 @@ def _secret(value: str | None) -> str | None:
     return Path(value[1:]).read_text().strip() if value is not None and value.startswith("@") else value
 
 
-def _chat_template(path: str | None) -> "Callable[[Mapping[str, Any]], str] | None":
-    from mulsched.gateway.chat_template import ChatTemplate
+def _chat_template(options: argparse.Namespace) -> "Callable[[Mapping[str, Any]], str] | None":
+    if options.tokenizer == "none":
+        return None
+    from mulsched.gateway.chat_template import load_chat_template
 
-    return None if path is None else ChatTemplate(Path(path).read_text(encoding="utf-8"))
+    model = Path(options.tokenizer)
+    source = None if options.chat_template is None else Path(options.chat_template)
+    return load_chat_template(model.parent if model.is_file() else model, source, time.strftime)
 
 
 def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":

@@ -133,7 +133,7 @@ def _by_load(lifecycle: Lifecycle, request_id: str, candidates: Sequence[str] | 
 
 
 def load_tokenizer(name: str) -> Encode:
-    """Return the tokenizer of a ``tokenizer.json``, or of a model of that name on Hugging Face's hub.
+    """Return the tokenizer of a model's directory, a ``tokenizer.json``, or a model on Hugging Face's hub.
 
     Raises MissingExtra, InvalidArgument.
     """
@@ -141,8 +141,9 @@ def load_tokenizer(name: str) -> Encode:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise MissingExtra("a tokenizer needs tokenizers: pip install 'mulsched[tokenizer]'") from error
+    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
     try:
-        tokenizer = Tokenizer.from_file(name) if Path(name).is_file() else Tokenizer.from_pretrained(name)
+        tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises nothing narrower
         raise InvalidArgument(f"{name} is neither a tokenizer's file nor a model's name: {error}") from None
 

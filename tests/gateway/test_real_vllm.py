@@ -77,7 +77,9 @@ async def converse(client, rng, after):
     exact = rng.choices(range(2, 512), k=4 * BLOCK_SIZE)
     for turn in range(TURNS):
         for i, talk in enumerate(talks):
-            talk.append({"role": "user", "content": words(rng, 12)})
+            said = words(rng, 12)
+            parts = [{"type": "text", "text": said}]
+            talk.append({"role": "user", "content": parts if turn % 2 else said})
             said = await client.ask("chat", stream=(turn + i) % 2 == 0, messages=talk)
             talk.append({"role": "assistant", "content": said})
             await after()
