@@ -52,6 +52,12 @@ class _Failed(Exception):
         self.status = status
 
 
+class _Reply(web.StreamResponse):
+    """Sends its head with the first piece, which is there already: one system call instead of two."""
+
+    _send_headers_immediately = False
+
+
 @dataclass(slots=True)
 class _Exchange:
     """One request on its way."""
@@ -190,6 +196,8 @@ class Proxy:
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request.writer.output_size = 0
         try:
+            if request.content.is_eof():  # all of it came with the head, as most do: no timer
+                return await request.read()
             async with asyncio.timeout(self._config.body_timeout_s):
                 return await request.read()
         except web.HTTPRequestEntityTooLarge:
@@ -282,7 +290,7 @@ class Proxy:
         headers["X-Request-Id"] = exchange.shown_id
         if streamed:
             headers.setdefault("X-Accel-Buffering", "no")  # tells an nginx in front not to hold it back
-        reply = web.StreamResponse(status=answer.status, headers=headers)
+        reply = _Reply(status=answer.status, headers=headers)
         if answer.content_length is not None and not streamed:
             reply.content_length = answer.content_length
         await reply.prepare(exchange.request)
