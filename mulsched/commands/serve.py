@@ -68,6 +68,13 @@ def add_parser(commands: Any) -> None:
         help="where it sends them again",
     )
     parser.add_argument(
+        "--data-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks behind each engine's URL, each an instance; their ports of KV events count up",
+    )
+    parser.add_argument(
         "--policy", default="lmetric", metavar="NAME", help="which engine gets a request (default: lmetric)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of a policy that draws")
@@ -167,9 +174,15 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
         raise InvalidArgument("--kv-events needs --tokenizer, since events speak of tokens")
     fields = GatewayConfig.__dataclass_fields__
     given = {name: value for name, value in vars(options).items() if name in fields}
-    given["engines"] = tuple(
+    engines = tuple(
         map(EngineConfig, options.engine, options.kv_events or nothing, options.kv_replay or nothing)
     )
+    ranks = options.data_parallel_size
+    if ranks < 1:
+        raise InvalidArgument(f"--data-parallel-size must be at least 1, got {ranks}")
+    if ranks > 1:
+        engines = tuple(rank for engine in engines for rank in engine.ranks(ranks))
+    given["engines"] = engines
     given["api_keys"] = tuple(map(_secret, options.api_keys))
     given["engine_api_key"] = _secret(options.engine_api_key)
     given["forward_headers"] = tuple(options.forward_headers)

@@ -22,12 +22,14 @@ _OWN_HEADERS = frozenset((
 class EngineConfig:
     """An engine: ``url`` such as ``http://10.0.0.7:8000``, and where its KV events come from, if they do.
 
-    Raises InvalidArgument.
+    ``rank``: of several data-parallel ranks at that URL, each an engine here, the one that this is; requests
+    name it in vLLM's header. Raises InvalidArgument.
     """
 
     url: str
     kv_events: str | None = None
     kv_replay: str | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -43,8 +45,27 @@ class EngineConfig:
 
     @property
     def name(self) -> str:
-        """The name of the instance: the URL without its scheme."""
-        return self.url.partition("://")[2].rstrip("/")
+        """The name of the instance: the URL without its scheme, and ``/RANK`` if it is one."""
+        name = self.url.partition("://")[2].rstrip("/")
+        return name if self.rank is None else f"{name}/{self.rank}"
+
+    def ranks(self, count: int) -> "list[EngineConfig]":
+        """Return an engine for each data-parallel rank; their ports of KV events count up, as vLLM's do."""
+        return [
+            EngineConfig(self.url, _offset(self.kv_events, rank), _offset(self.kv_replay, rank), rank)
+            for rank in range(count)
+        ]
+
+
+def _offset(endpoint: str | None, rank: int) -> str | None:
+    if endpoint is None or rank == 0:
+        return endpoint
+    host, _, port = endpoint.rpartition(":")
+    if not port.isdigit():
+        raise InvalidArgument(
+            f"an endpoint with a port expected, since ranks count up from it, got {endpoint!r}"
+        )
+    return f"{host}:{int(port) + rank}"
 
 
 @dataclass(frozen=True, slots=True)

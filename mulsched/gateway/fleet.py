@@ -256,7 +256,7 @@ class Fleet:
         period_s = self._config.poll_load_s
         if period_s is not None and name not in self.pollers:
             url = str(engine.url("/metrics"))
-            poller = LoadPoller(router, name, url, period_s=period_s, session=self._session)
+            poller = LoadPoller(router, name, url, rank=config.rank, period_s=period_s, session=self._session)
             self.pollers[name] = poller
             self._tasks.append(asyncio.create_task(poller.run(), name=f"load of {name}"))
 

@@ -225,7 +225,7 @@ class Proxy:
         exchange.tried.append(engine.name)
         return engine
 
-    def _headers(self, exchange: _Exchange) -> CIMultiDict[str]:
+    def _headers(self, exchange: _Exchange, engine: Engine) -> CIMultiDict[str]:
         given = exchange.request.headers
         headers = CIMultiDict((name, given[name]) for name in self._forwarded if name in given)
         headers["Content-Type"] = "application/json"
@@ -233,6 +233,8 @@ class Proxy:
         headers["X-Request-Id"] = exchange.shown_id
         if self._authorization is not None:
             headers["Authorization"] = self._authorization
+        if engine.config.rank is not None:
+            headers["X-data-parallel-rank"] = str(engine.config.rank)
         return headers
 
     # -- the way back ------------------------------------------------------------------------------
@@ -246,7 +248,7 @@ class Proxy:
                 answer = await self._session.post(
                     engine.url(exchange.path),
                     data=exchange.body,
-                    headers=self._headers(exchange),
+                    headers=self._headers(exchange, engine),
                     allow_redirects=False,
                 )
                 # nothing goes to the client before this, so that until here another instance can take over

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from fake_engine import answers, dies, streams
+from fake_engine import FakeEngine, answers, dies, streams
 from gateway_harness import ASK, CHAT, Front, run
 
 from mulsched.gateway import EngineConfig, PromptReader
@@ -242,6 +242,21 @@ def test_a_model_that_is_loaded_later_is_found_by_the_next_check():
         assert (await front.post("/v1/completions", asks("b")))[0] == 200
 
     run(scenario, answers(), answers(), before=serving(["a"], ["a"]))
+
+
+def test_a_request_names_the_rank_it_is_for():
+    async def scenario():
+        async with asyncio.timeout(60), FakeEngine(answers()) as engine:
+            ranks = EngineConfig(engine.url).ranks(2)
+            async with Front((), engines=ranks, policy="round_robin") as front:
+                for _ in range(2):
+                    await front.post(X_data_parallel_rank="7")
+                assert [asked.header("X-data-parallel-rank") for asked in engine.asked] == [["0"], ["1"]]
+                name = f"{engine.name}/1"
+                async with front.http.put(f"/instances/{name}", json={"draining": True}) as response:
+                    assert (await response.json())["instance"] == name
+
+    asyncio.run(scenario())
 
 
 def test_load_from_elsewhere_counts_where_engines_are_polled():
