@@ -133,7 +133,10 @@ def test_each_rank_is_an_instance_with_ports_of_its_own():
         (["--engine", "http://a:1", "--kv-replay", "tcp://a:5"], "--kv-replay goes with --kv-events"),
         (["--engine", "http://a:1", "--data-parallel-size", "0"], "--data-parallel-size must be at least 1"),
         (
-            "--engine http://a:1 --kv-events ipc:///a --tokenizer t --data-parallel-size 2".split(),
+            [
+                *("--engine", "http://a:1", "--kv-events", "ipc:///a"),
+                *("--tokenizer", "t", "--data-parallel-size", "2"),
+            ],
             "with a port expected",
         ),
         (["--engine", "http://a:1", "--api-key", "@/nowhere"], "No such file"),
