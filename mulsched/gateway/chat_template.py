@@ -1,6 +1,7 @@
 """The chat template of a model, as engines apply it: from a chat request to the text that the model sees."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ except ImportError as error:
 
 __all__ = ["ChatTemplate", "load_chat_template"]
 
+# A template with such a loop is given contents as lists of parts, any other as text: so does vLLM.
+_LOOP_OVER_PARTS = re.compile(r"\bfor\s+\w+\s+in\s+(?:content\b|\w+(?:\.content\b|\[['\"]content['\"]\]))")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -25,6 +28,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, **names: Any) -> None:
+        self._in_parts = _LOOP_OVER_PARTS.search(source) is not None
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -40,7 +44,7 @@ class ChatTemplate:
         extra = body.get("chat_template_kwargs")
         try:
             return self._template.render(
-                messages=_as_text(body.get("messages")),
+                messages=_contents(body.get("messages"), in_parts=self._in_parts),
                 tools=body.get("tools"),
                 add_generation_prompt=body.get("add_generation_prompt", True),
                 **(extra if isinstance(extra, dict) else {}),
@@ -77,20 +81,25 @@ def load_chat_template(
     )
 
 
-def _as_text(messages: Any) -> Any:
-    """Return messages with contents of one part of text as that text, which templates take alike."""
+def _contents(messages: Any, *, in_parts: bool) -> Any:
+    """Return messages with texts as lists of parts, or with lists of texts as text, joined as in vLLM."""
     if not isinstance(messages, list):
         return messages
     return [
-        {**message, "content": content[0]["text"]}
-        if isinstance(message, dict)
-        and isinstance(content := message.get("content"), list)
-        and len(content) == 1
-        and isinstance(content[0], dict)
-        and isinstance(content[0].get("text"), str)
+        {**message, "content": _content(message["content"], in_parts)}
+        if isinstance(message, dict) and "content" in message
         else message
         for message in messages
     ]
+
+
+def _content(content: Any, in_parts: bool) -> Any:
+    if in_parts:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(content, list):
+        return content
+    texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return "\n".join(texts) if len(texts) == len(content) else content
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

@@ -117,10 +117,19 @@ def test_a_directory_without_a_template_has_none(tmp_path):
         load_chat_template(tmp_path, None, str)
 
 
-def test_a_part_of_text_is_its_text():
-    template = ChatTemplate("{{ messages[0].content }}")
-    for content in ("a", [{"type": "text", "text": "a"}]):
-        assert template({"messages": [{"role": "user", "content": content}]}) == "a"
+@pytest.mark.parametrize("loop", ["m.content", "m['content']", 'm["content"]'])
+def test_a_template_that_loops_over_parts_is_given_parts(loop):
+    template = ChatTemplate(
+        f"{{% for m in messages %}}{{% for p in {loop} %}}<{{{{ p.text }}}}>{{% endfor %}}{{% endfor %}}"
+    )
+    for content, text in (("ab", "<ab>"), ([{"text": "a"}, {"text": "b"}], "<a><b>")):
+        assert template({"messages": [{"role": "user", "content": content}]}) == text
+
+
+def test_a_template_without_such_a_loop_is_given_text():
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    for content, text in (("a", "a"), ([{"text": "a"}, {"text": "b"}], "a\nb"), (None, "None"), ([7], "[7]")):
+        assert template({"messages": [{"role": "user", "content": content}]}) == text
 
 
 def test_tools_and_arguments_reach_the_template():

@@ -78,7 +78,7 @@ async def converse(client, rng, after):
     for turn in range(TURNS):
         for i, talk in enumerate(talks):
             said = words(rng, 12)
-            parts = [{"type": "text", "text": said}]
+            parts = [{"type": "text", "text": text} for text in (said, "again")]
             talk.append({"role": "user", "content": parts if turn % 2 else said})
             said = await client.ask("chat", stream=(turn + i) % 2 == 0, messages=talk)
             talk.append({"role": "assistant", "content": said})
