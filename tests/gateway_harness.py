@@ -16,9 +16,9 @@ ASK = {"model": "m", "messages": [{"role": "user", "content": "the secret of the
 class Front:
     """The gateway, its engines in order, and an HTTP client of it."""
 
-    def __init__(self, answers, *, engines=(), prompts=None, before=None, **config):
+    def __init__(self, answers, *, engines=(), prompts=None, before=None, recorder=None, **config):
         self._answers, self._others, self._prompts, self._config = answers, engines, prompts, config
-        self._before = before
+        self._before, self._recorder = before, recorder
         self.logged = []
 
     async def __aenter__(self):
@@ -31,6 +31,7 @@ class Front:
             GatewayConfig((*(EngineConfig(engine.url) for engine in self.engines), *self._others), **config),
             new_id=map("id-{}".format, itertools.count(1)).__next__,
             prompts=self._prompts,
+            recorder=self._recorder,
             log=lambda event, **fields: self.logged.append({"event": event, **fields}),
         )
         self.port = await self.gateway.start("127.0.0.1", 0)

@@ -2,6 +2,9 @@
 
 import argparse
 import asyncio
+import contextlib
+import gc
+import itertools
 import signal
 import sys
 import time
@@ -65,6 +68,13 @@ def add_parser(commands: Any) -> None:
         help="where it sends them again",
     )
     parser.add_argument(
+        "--data-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks behind each engine's URL, each an instance; their ports of KV events count up",
+    )
+    parser.add_argument(
         "--policy", default="lmetric", metavar="NAME", help="which engine gets a request (default: lmetric)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of a policy that draws")
@@ -72,13 +82,26 @@ def add_parser(commands: Any) -> None:
         "--tokenizer",
         default="none",
         metavar="NAME",
-        help="a tokenizer.json, or a model on Hugging Face's hub (default: none, routing by text)",
+        help="a model's directory, a tokenizer.json, or a model on Hugging Face's hub "
+        "(default: none, routing by text)",
     )
     parser.add_argument(
-        "--chat-template", metavar="FILE", help="the model's, for tokens of chats as its engine sees them"
+        "--chat-template",
+        metavar="FILE",
+        help="for tokens of chats as engines see them (default: the one beside the tokenizer)",
     )
     parser.add_argument(
         "--prefill-tokens-per-s", type=float, metavar="X", help="of an engine, for answers not streamed"
+    )
+    parser.add_argument(
+        "--poll-load",
+        dest="poll_load_s",
+        type=float,
+        metavar="S",
+        help="ask engines for their load so often, if others send them requests too",
+    )
+    parser.add_argument(
+        "--record", metavar="FILE", help="a log of decisions that replays; see docs/record-format.md"
     )
     parser.add_argument(
         "--api-key",
@@ -113,20 +136,24 @@ def _run(options: argparse.Namespace) -> int:
     from mulsched.gateway.gateway import Gateway
     from mulsched.gateway.logs import JsonLog, no_log
     from mulsched.gateway.prompts import PromptReader, load_tokenizer
+    from mulsched.record import Recorder
 
     config = _config(options)
     if config.api_keys == () and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"mulsched: whoever reaches {options.host} may use the engines: no --api-key", file=sys.stderr)
-    prompts = None
-    if options.tokenizer != "none":
-        prompts = PromptReader(
-            config.block_size, load_tokenizer(options.tokenizer), _chat_template(options.chat_template)
-        )
+    encode = None if options.tokenizer == "none" else load_tokenizer(options.tokenizer)
+    prompts = PromptReader(config.block_size, encode, _chat_template(options))
     # standard error without Python's buffers, a system call a line
     errors = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115
     log = no_log if options.no_log else JsonLog(errors.write, time.time)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        gateway = Gateway(config, new_id=lambda: uuid.uuid4().hex, prompts=prompts, log=log)
+    with contextlib.ExitStack() as stack:
+        recorder = None
+        if options.record is not None:
+            recorder = stack.enter_context(Recorder(options.record, block_size=prompts.router_block_size))
+        runner = stack.enter_context(asyncio.Runner(loop_factory=_loop_factory()))
+        # of this run and no other, at a tenth of what a UUID for each takes
+        ids = map(f"{uuid.uuid4().hex[:16]}-{{}}".format, itertools.count())
+        gateway = Gateway(config, new_id=ids.__next__, prompts=prompts, log=log, recorder=recorder)
         runner.run(_serve(gateway, options))
     return 0
 
@@ -147,9 +174,15 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
         raise InvalidArgument("--kv-events needs --tokenizer, since events speak of tokens")
     fields = GatewayConfig.__dataclass_fields__
     given = {name: value for name, value in vars(options).items() if name in fields}
-    given["engines"] = tuple(
+    engines = tuple(
         map(EngineConfig, options.engine, options.kv_events or nothing, options.kv_replay or nothing)
     )
+    ranks = options.data_parallel_size
+    if ranks < 1:
+        raise InvalidArgument(f"--data-parallel-size must be at least 1, got {ranks}")
+    if ranks > 1:
+        engines = tuple(rank for engine in engines for rank in engine.ranks(ranks))
+    given["engines"] = engines
     given["api_keys"] = tuple(map(_secret, options.api_keys))
     given["engine_api_key"] = _secret(options.engine_api_key)
     given["forward_headers"] = tuple(options.forward_headers)
@@ -161,10 +194,14 @@ def _secret(value: str | None) -> str | None:
     return Path(value[1:]).read_text().strip() if value is not None and value.startswith("@") else value
 
 
-def _chat_template(path: str | None) -> "Callable[[Mapping[str, Any]], str] | None":
-    from mulsched.gateway.chat_template import ChatTemplate
+def _chat_template(options: argparse.Namespace) -> "Callable[[Mapping[str, Any]], str] | None":
+    if options.tokenizer == "none":
+        return None
+    from mulsched.gateway.chat_template import load_chat_template
 
-    return None if path is None else ChatTemplate(Path(path).read_text(encoding="utf-8"))
+    model = Path(options.tokenizer)
+    source = None if options.chat_template is None else Path(options.chat_template)
+    return load_chat_template(model.parent if model.is_file() else model, source, time.strftime)
 
 
 def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
@@ -183,6 +220,8 @@ async def _serve(gateway: "Gateway", options: argparse.Namespace) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     try:
         port = await gateway.start(options.host, options.port)
+        # modules and classes stay; looking through them holds requests up for 40 ms each time
+        gc.freeze()
         print(f"http://{options.host}:{port}/v1 over {len(options.engine)} engines, page at /", flush=True)
         await stopped.wait()
     finally:

@@ -94,6 +94,11 @@ class SequenceTracker:
         return "known" if self._complete and not self._behind else "unknown"
 
     @property
+    def next_sequence(self) -> int | None:
+        """The number of the message to apply next, one above the last; None if it may be any."""
+        return self._expected
+
+    @property
     def wants_replay(self) -> bool:
         """Whether a replay failed and no message has made up for it since: call ``connected`` again."""
         return self._can_replay and not self._replaying and (self._expected is None or self._behind)

@@ -44,6 +44,11 @@ class AnswerWatch:
             prompt = _last_number(self._tail, b'"input_tokens":')
         return None if prompt is None else (prompt, cached)
 
+    def output_tokens(self) -> int | None:
+        """Return the tokens of the answer as the engine counts them; None if it does not say."""
+        tokens = _last_number(self._tail, b'"completion_tokens":')
+        return _last_number(self._tail, b'"output_tokens":') if tokens is None else tokens
+
 
 def _last_number(text: bytes, field: bytes) -> int | None:
     """Return the last number that has this name, found from the end; a regular expression takes 0.1 ms."""

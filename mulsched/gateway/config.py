@@ -22,12 +22,14 @@ _OWN_HEADERS = frozenset((
 class EngineConfig:
     """An engine: ``url`` such as ``http://10.0.0.7:8000``, and where its KV events come from, if they do.
 
-    Raises InvalidArgument.
+    ``rank``: of several data-parallel ranks at that URL, each an engine here, the one that this is; requests
+    name it in vLLM's header. Raises InvalidArgument.
     """
 
     url: str
     kv_events: str | None = None
     kv_replay: str | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -43,8 +45,27 @@ class EngineConfig:
 
     @property
     def name(self) -> str:
-        """The name of the instance: the URL without its scheme."""
-        return self.url.partition("://")[2].rstrip("/")
+        """The name of the instance: the URL without its scheme, and ``/RANK`` if it is one."""
+        name = self.url.partition("://")[2].rstrip("/")
+        return name if self.rank is None else f"{name}/{self.rank}"
+
+    def ranks(self, count: int) -> "list[EngineConfig]":
+        """Return an engine for each data-parallel rank; their ports of KV events count up, as vLLM's do."""
+        return [
+            EngineConfig(self.url, _offset(self.kv_events, rank), _offset(self.kv_replay, rank), rank)
+            for rank in range(count)
+        ]
+
+
+def _offset(endpoint: str | None, rank: int) -> str | None:
+    if endpoint is None or rank == 0:
+        return endpoint
+    host, _, port = endpoint.rpartition(":")
+    if not port.isdigit():
+        raise InvalidArgument(
+            f"an endpoint with a port expected, since ranks count up from it, got {endpoint!r}"
+        )
+    return f"{host}:{int(port) + rank}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +76,8 @@ class GatewayConfig:
     vLLM. ``kv_tokens``: the size of each engine's KV cache, for the prediction of what it holds; None asks
     the engine's metrics for it, and takes 100,000 where they do not tell. ``prefill_tokens_per_s``: what an
     engine computes of prompts, for answers that are not streamed, whose first token is not seen; None keeps
-    their prompts in the queue term until they end.
+    their prompts in the queue term until they end. ``poll_load_s``: how often engines' metrics are asked for
+    their load, to count requests that come from elsewhere; None does not.
 
     ``api_keys``: clients must send one of them; none: everyone may. ``engine_api_key``: sent to engines.
     ``forward_headers``: headers of clients that go on to engines besides those that always do.
@@ -75,6 +97,7 @@ class GatewayConfig:
     block_size: int = 16
     kv_tokens: int | None = None
     prefill_tokens_per_s: float | None = None
+    poll_load_s: float | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     engine_api_key: str | None = field(default=None, repr=False)
     forward_headers: tuple[str, ...] = ()

@@ -5,12 +5,13 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from mulsched.errors import MissingExtra, UnknownInstance
-from mulsched.events import KvEventSubscriber
+from mulsched.events import KvEventSubscriber, LoadPoller
 from mulsched.gateway.config import EngineConfig, GatewayConfig
 from mulsched.gateway.logs import Log
+from mulsched.gateway.models import Models, fetch_models
 from mulsched.lifecycle import Lifecycle
 
 try:
@@ -38,6 +39,8 @@ class Engine:
         self.state: State = "starting"
         self.draining = False
         self.in_flight = 0
+        self.models: Models = {}
+        """What it serves, as it told last; empty until it does, and then it may serve anything."""
         self.counts: Counter[str] = Counter()
         """``requests`` sent, ``retries`` of them that came from another engine, ``failures``, ``ejections``;
         ``prompt_tokens`` and ``hit_tokens`` as decisions expected them, ``reported_prompt_tokens`` and
@@ -69,6 +72,8 @@ class Fleet:
 
     An engine that is ejected may have lost its cache. Where that is predicted, it is forgotten with the
     bookings; where KV events tell, they will, and the instance stays, not to be chosen.
+
+    Each check also asks for the models, so that a request goes to an engine that serves its model.
     """
 
     def __init__(
@@ -81,17 +86,42 @@ class Fleet:
         self._log = log
         self._timeout = aiohttp.ClientTimeout(total=config.health_timeout_s)
         self._eligible: tuple[str, ...] = ()
+        self._serving: dict[str, tuple[str, ...]] = {}  # who is eligible for a model, of those listed
+        self._others: tuple[str, ...] = ()  # and for a model that nobody lists
+        self._adapters: frozenset[str] = frozenset()
         self._tasks: list[asyncio.Task[None]] = []
         self._admitting: set[str] = set()
         self.subscribers: dict[str, KvEventSubscriber] = {}
         """Of the engines that publish KV events and were healthy once."""
+        self.pollers: dict[str, LoadPoller] = {}
+        """Of the engines that were healthy once, if they are asked for their load."""
 
     # -- who may be chosen -------------------------------------------------------------------------
 
-    def eligible(self, without: Iterable[str] = ()) -> tuple[str, ...]:
-        """Return the names of the engines that may get a request, ``without`` some if others are left."""
-        left = tuple(name for name in self._eligible if name not in without) if without else self._eligible
-        return left or self._eligible
+    def eligible(self, without: Iterable[str] = (), *, model: str | None = None) -> tuple[str, ...]:
+        """Return the names of the engines that may get a request, ``without`` some if others are left.
+
+        ``model``: only those that serve it; None for any. O(1) but for ``without``.
+        """
+        names = self._eligible if model is None else self._serving.get(model, self._others)
+        left = tuple(name for name in names if name not in without) if without else names
+        return left or names
+
+    def lists(self, model: str | None) -> bool:
+        """Return whether an engine, eligible or not, says that it serves the model."""
+        return model in self._serving
+
+    def is_adapter(self, model: str | None) -> bool:
+        """Return whether an engine lists the model as an adapter, such as LoRA, of another."""
+        return model in self._adapters
+
+    def list_models(self) -> dict[str, Any]:
+        """Return OpenAI's list: each model once, as the first eligible engine that has it describes it."""
+        found: Models = {}
+        for engine in map(self.engines.__getitem__, self._eligible):
+            for name, model in engine.models.items():
+                found.setdefault(name, model)
+        return {"object": "list", "data": list(found.values())}
 
     def drain(self, name: str, draining: bool) -> Engine:
         """Send an engine no further requests, or again. Raises UnknownInstance."""
@@ -110,6 +140,20 @@ class Fleet:
             engine.name
             for engine in self.engines.values()
             if engine.state == "healthy" and not engine.draining and engine.name in known
+        )
+        told = [engine for engine in self.engines.values() if engine.models]
+        self._others = tuple(name for name in self._eligible if not self.engines[name].models)
+        self._serving = {
+            model: tuple(
+                name
+                for name in self._eligible
+                if not (models := self.engines[name].models) or model in models
+            )
+            for engine in told
+            for model in engine.models
+        }
+        self._adapters = frozenset(
+            name for engine in told for name, model in engine.models.items() if model.get("parent")
         )
 
     # -- health ------------------------------------------------------------------------------------
@@ -147,7 +191,14 @@ class Fleet:
                     reason = f"status {response.status}"
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             reason = type(error).__name__
+        if reason == "ok":
+            engine.models = await self._models(engine) or engine.models
+            self._refresh()
         await self._judge(engine, reason == "ok", f"health check: {reason}")
+
+    async def _models(self, engine: Engine) -> Models:
+        url, key = engine.url("/v1/models"), self._config.engine_api_key
+        return await fetch_models(self._session, url, key=key, timeout=self._timeout)
 
     def failed(self, engine: Engine, reason: str) -> None:
         """Take note that an engine did not answer a request."""
@@ -190,20 +241,24 @@ class Fleet:
             cache_blocks = None if engine.config.kv_events else await self._cache_blocks(engine)
             if engine.state == "healthy":  # it may have been ejected meanwhile
                 self._lifecycle.router.add_instance(engine.name, cache_blocks=cache_blocks)
-                self._subscribe(engine)
+                self._follow(engine)
         finally:
             self._admitting.discard(engine.name)
         self._refresh()
 
-    def _subscribe(self, engine: Engine) -> None:
-        endpoint = engine.config.kv_events
-        if endpoint is None:
-            return
-        subscriber = KvEventSubscriber(
-            self._lifecycle.router, engine.name, endpoint, replay_endpoint=engine.config.kv_replay
-        )
-        self.subscribers[engine.name] = subscriber
-        self._tasks.append(asyncio.create_task(subscriber.run(), name=f"KV events of {engine.name}"))
+    def _follow(self, engine: Engine) -> None:
+        """Begin to hear of an engine's cache and load, once; both go on while it is ejected."""
+        router, name, config = self._lifecycle.router, engine.name, engine.config
+        if config.kv_events is not None and name not in self.subscribers:
+            subscriber = KvEventSubscriber(router, name, config.kv_events, replay_endpoint=config.kv_replay)
+            self.subscribers[name] = subscriber
+            self._tasks.append(asyncio.create_task(subscriber.run(), name=f"KV events of {name}"))
+        period_s = self._config.poll_load_s
+        if period_s is not None and name not in self.pollers:
+            url = str(engine.url("/metrics"))
+            poller = LoadPoller(router, name, url, rank=config.rank, period_s=period_s, session=self._session)
+            self.pollers[name] = poller
+            self._tasks.append(asyncio.create_task(poller.run(), name=f"load of {name}"))
 
     async def _cache_blocks(self, engine: Engine) -> int:
         """Return how many of the gateway's blocks an engine's cache holds."""

@@ -13,13 +13,13 @@ from mulsched.gateway.config import GatewayConfig
 from mulsched.gateway.fleet import Fleet
 from mulsched.gateway.logs import Log, no_log
 from mulsched.gateway.metrics import GatewayMetrics
-from mulsched.gateway.models import list_models
 from mulsched.gateway.page import PAGE, PAGE_HEADERS, overview
 from mulsched.gateway.prompts import PromptReader
 from mulsched.gateway.proxy import Proxy
 from mulsched.gateway.records import Records
 from mulsched.gateway.replies import Refused, json_reply, refusal
 from mulsched.lifecycle import Lifecycle
+from mulsched.record import Recorder
 from mulsched.router import Router
 
 try:
@@ -47,7 +47,8 @@ class Gateway:
     """Serves OpenAI's API from many engines; see docs/gateway.md.
 
     ``new_id`` returns another id each time. ``prompts``: as of the configuration's block size, for routing by
-    text, if None.
+    text, if None. ``recorder``: told of decisions, first tokens and ends; its block size is the prompts'
+    ``router_block_size``, and whoever made it closes it.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class Gateway:
         new_id: Callable[[], str],
         prompts: PromptReader | None = None,
         log: Log = no_log,
+        recorder: Recorder | None = None,
     ) -> None:
         self.config = config
         self.log = log
         self._new_id = new_id
+        self._recorder = recorder
         self._prompts = prompts or PromptReader(config.block_size)
         rate = config.prefill_tokens_per_s
         self.lifecycle = Lifecycle(
@@ -100,9 +103,8 @@ class Gateway:
             )
         )
         registry = CollectorRegistry()
-        self._session = session
         self.fleet = Fleet(config, self.lifecycle, session, self.log)
-        self.records = Records(self.fleet.engines, registry, self.log)
+        self.records = Records(self.fleet.engines, registry, self.log, self._recorder)
         self._metrics = GatewayMetrics(self.fleet, self.lifecycle, self.records, registry)
         self.proxy = Proxy(config, self.lifecycle, self.fleet, self._prompts, session, self.records)
         await self.fleet.start()
@@ -204,7 +206,9 @@ class Gateway:
         return handler
 
     async def _models(self, request: web.BaseRequest) -> web.StreamResponse:
-        return json_reply(await list_models(self.config, self.fleet, self._session))
+        if not self.fleet.eligible():
+            raise Refused(503, "no_engine", "no engine is ready")
+        return json_reply(self.fleet.list_models())
 
     async def _healthz(self, request: web.BaseRequest) -> web.StreamResponse:
         if self.stopping or not self.fleet.eligible():

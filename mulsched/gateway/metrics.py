@@ -72,6 +72,13 @@ class GatewayMetrics:
             up.add_metric([engine.name], float(engine.name in eligible))
             in_flight.add_metric([engine.name], engine.in_flight)
         yield from (statuses, up, in_flight)
+        events = CounterMetricFamily(
+            "mulsched_kv_events", "What KV events told, and what was odd.", labels=["instance", "kind"]
+        )
+        for name, subscriber in self._fleet.subscribers.items():
+            for kind, count in (subscriber.counts + subscriber.tracker.counts).items():
+                events.add_metric([name, kind], count)
+        yield events
         detector = self._lifecycle.router.detector
         if detector is not None:
             yield CounterMetricFamily("mulsched_alarms", "Alarms of prefixes raised.", detector.alarms_raised)

@@ -34,7 +34,10 @@ def overview(
         "policy": lifecycle.router.policy.name,
         "block_size": lifecycle.router.block_size,
         "in_flight": sum(engine.in_flight for engine in fleet.engines.values()),
-        "instances": [_instance(engine, engine.name in eligible) for engine in fleet.engines.values()],
+        "instances": [
+            {**_instance(engine, engine.name in eligible), "kv_events": _kv_events(fleet, engine.name)}
+            for engine in fleet.engines.values()
+        ],
         "decisions": [
             _decision(request_id, decision, now - decided_s)
             for decided_s, request_id, decision in reversed(records.recent)
@@ -58,6 +61,14 @@ def _instance(engine: Engine, eligible: bool) -> dict[str, Any]:
         "hit_ratio": _ratio(counts["hit_tokens"], counts["prompt_tokens"]),
         "reported_hit_ratio": _ratio(counts["reported_cached_tokens"], counts["reported_prompt_tokens"]),
     }
+
+
+def _kv_events(fleet: Fleet, name: str) -> dict[str, Any] | None:
+    """Return what is known of an engine's cache and the number of the message to apply next."""
+    subscriber = fleet.subscribers.get(name)
+    if subscriber is None:
+        return None
+    return {"state": subscriber.state, "next_sequence": subscriber.tracker.next_sequence}
 
 
 def _ratio(part: int, whole: int) -> float | None:

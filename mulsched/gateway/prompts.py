@@ -70,16 +70,19 @@ class PromptReader:
         """How much of what the router counts is a token."""
         return 1 if self._encode is not None else CHARACTERS_PER_TOKEN
 
-    async def read(self, body: Mapping[str, Any]) -> RoutedPrompt:
-        """Return how to book the prompt; one that cannot be read, by load: the engine will refuse it."""
+    async def read(self, body: Mapping[str, Any], *, adapter: bool = False) -> RoutedPrompt:
+        """Return how to book the prompt; one that cannot be read, by load: the engine will refuse it.
+
+        ``adapter``: its model is one of another model's.
+        """
         try:
             prompt = parse_prompt(body)
         except (InvalidArgument, InvalidType):
             return _by_load
         namespace = namespace_of(prompt)
         if namespace is not None and self._encode is not None:
-            # events name no model: what they tell holds for the one that the engine has
-            namespace = replace(namespace, model=None)
+            # events name adapters, and no model: what they tell holds for the one that the engine has
+            namespace = replace(namespace, model=None, lora=prompt.model if adapter else None)
         if prompt.token_ids is not None:
             return self._of_tokens(np.array(prompt.token_ids, dtype=np.uint32), namespace)
         assert prompt.text is not None
@@ -130,7 +133,7 @@ def _by_load(lifecycle: Lifecycle, request_id: str, candidates: Sequence[str] | 
 
 
 def load_tokenizer(name: str) -> Encode:
-    """Return the tokenizer of a ``tokenizer.json``, or of a model of that name on Hugging Face's hub.
+    """Return the tokenizer of a model's directory, a ``tokenizer.json``, or a model on Hugging Face's hub.
 
     Raises MissingExtra, InvalidArgument.
     """
@@ -138,8 +141,9 @@ def load_tokenizer(name: str) -> Encode:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise MissingExtra("a tokenizer needs tokenizers: pip install 'mulsched[tokenizer]'") from error
+    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
     try:
-        tokenizer = Tokenizer.from_file(name) if Path(name).is_file() else Tokenizer.from_pretrained(name)
+        tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises nothing narrower
         raise InvalidArgument(f"{name} is neither a tokenizer's file nor a model's name: {error}") from None
 

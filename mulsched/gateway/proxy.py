@@ -52,6 +52,12 @@ class _Failed(Exception):
         self.status = status
 
 
+class _Reply(web.StreamResponse):
+    """Sends its head with the first piece, which is there already: one system call instead of two."""
+
+    _send_headers_immediately = False
+
+
 @dataclass(slots=True)
 class _Exchange:
     """One request on its way."""
@@ -62,12 +68,14 @@ class _Exchange:
     shown_id: str
     arrived_s: float
     body: bytes = b""
+    model: str | None = None
     decision: Decision | None = None
     tried: list[str] = field(default_factory=list)
     status: int = 0
     first_s: float | None = None
     outcome: str = "finished"
     usage: tuple[int, int] | None = None
+    output_tokens: int | None = None
 
 
 class Proxy:
@@ -138,6 +146,7 @@ class Proxy:
         if exchange.decision is not None:
             if exchange.outcome == "finished" and exchange.status < 400:
                 self._lifecycle.finish(exchange.request_id, now=now)
+                self._records.finished(exchange.request_id, exchange.output_tokens, now)
             else:
                 self._lifecycle.cancel(exchange.request_id, now=now)
         self._records.ended(
@@ -160,7 +169,9 @@ class Proxy:
             body = _decode(exchange.body)
         except (msgspec.DecodeError, RecursionError):
             raise Refused(400, "invalid_json", "the body must be a JSON object") from None
-        prompt = await self._prompts.read(body)
+        model = body.get("model")
+        exchange.model = model if isinstance(model, str) else None
+        prompt = await self._prompts.read(body, adapter=self._fleet.is_adapter(exchange.model))
         while True:
             engine = self._choose(exchange, prompt)
             try:
@@ -185,6 +196,8 @@ class Proxy:
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request.writer.output_size = 0
         try:
+            if request.content.is_eof():  # all of it came with the head, as most do: no timer
+                return await request.read()
             async with asyncio.timeout(self._config.body_timeout_s):
                 return await request.read()
         except web.HTTPRequestEntityTooLarge:
@@ -195,22 +208,24 @@ class Proxy:
             raise Refused(400, "broken_body", "the body is broken", Connection="close") from None
 
     def _choose(self, exchange: _Exchange, prompt: RoutedPrompt) -> Engine:
-        names = self._fleet.eligible(without=exchange.tried)
+        names = self._fleet.eligible(without=exchange.tried, model=exchange.model)
         if not names:
+            if self._fleet.eligible() and not self._fleet.lists(exchange.model):
+                raise Refused(404, "model_not_found", "no engine has this model")
             raise Refused(503, "no_engine", "no engine is ready")
         everyone = len(names) == len(self._lifecycle.router.instances)
         # while a failed attempt still counts as load where it was; then it is taken off
         exchange.decision = prompt(
             self._lifecycle, exchange.request_id, None if everyone else names, self._clock()
         )
-        self._records.decided(exchange.shown_id, exchange.decision, self._clock())
+        self._records.decided(exchange.request_id, exchange.shown_id, exchange.decision, self._clock())
         engine = self._fleet.engines[exchange.decision.instance]
         if exchange.tried:
             engine.counts["retries"] += 1
         exchange.tried.append(engine.name)
         return engine
 
-    def _headers(self, exchange: _Exchange) -> CIMultiDict[str]:
+    def _headers(self, exchange: _Exchange, engine: Engine) -> CIMultiDict[str]:
         given = exchange.request.headers
         headers = CIMultiDict((name, given[name]) for name in self._forwarded if name in given)
         headers["Content-Type"] = "application/json"
@@ -218,6 +233,8 @@ class Proxy:
         headers["X-Request-Id"] = exchange.shown_id
         if self._authorization is not None:
             headers["Authorization"] = self._authorization
+        if engine.config.rank is not None:
+            headers["X-data-parallel-rank"] = str(engine.config.rank)
         return headers
 
     # -- the way back ------------------------------------------------------------------------------
@@ -231,7 +248,7 @@ class Proxy:
                 answer = await self._session.post(
                     engine.url(exchange.path),
                     data=exchange.body,
-                    headers=self._headers(exchange),
+                    headers=self._headers(exchange, engine),
                     allow_redirects=False,
                 )
                 # nothing goes to the client before this, so that until here another instance can take over
@@ -257,7 +274,8 @@ class Proxy:
         engine.statuses[answer.status] += 1
         if answer.status in _ELSEWHERE:
             self._fleet.failed(engine, f"status {answer.status}")
-            if len(exchange.tried) < self._config.max_attempts and len(self._fleet.eligible()) > 1:
+            others = len(self._fleet.eligible(model=exchange.model)) > 1
+            if others and len(exchange.tried) < self._config.max_attempts:
                 raise _Failed(f"status {answer.status}", status=answer.status)
         elif answer.status < 300 or answer.status >= 400:
             self._fleet.answered(engine)
@@ -274,7 +292,7 @@ class Proxy:
         headers["X-Request-Id"] = exchange.shown_id
         if streamed:
             headers.setdefault("X-Accel-Buffering", "no")  # tells an nginx in front not to hold it back
-        reply = web.StreamResponse(status=answer.status, headers=headers)
+        reply = _Reply(status=answer.status, headers=headers)
         if answer.content_length is not None and not streamed:
             reply.content_length = answer.content_length
         await reply.prepare(exchange.request)
@@ -282,6 +300,7 @@ class Proxy:
             if watch.feed(piece):
                 exchange.first_s = self._clock()
                 self._lifecycle.first_token(exchange.request_id, now=exchange.first_s)
+                self._records.first_token(exchange.request_id, exchange.first_s)
             if answer.content.at_eof():
                 break  # the last piece and the end go out as one
             await reply.write(piece)
@@ -291,7 +310,7 @@ class Proxy:
                 self._fleet.failed(engine, type(error).__name__)
                 exchange.outcome = "engine_broke_off"
                 return await self._break_off(exchange, reply, streamed)
-        exchange.usage = watch.usage()
+        exchange.usage, exchange.output_tokens = watch.usage(), watch.output_tokens()
         if exchange.usage is not None:
             engine.counts["reported_prompt_tokens"] += exchange.usage[0]
             engine.counts["reported_cached_tokens"] += exchange.usage[1]

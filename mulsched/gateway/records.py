@@ -1,12 +1,14 @@
 """What a gateway remembers of its requests, for metrics, the live page and the log."""
 
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any
 
 from mulsched.decision import Decision
 from mulsched.errors import MissingExtra
 from mulsched.gateway.fleet import Engine
 from mulsched.gateway.logs import Log
+from mulsched.record import Recorder
 
 try:
     from prometheus_client import CollectorRegistry, Histogram
@@ -22,11 +24,22 @@ _WHOLE_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 
 
 
 class Records:
-    """Counts, times and the latest decisions. No prompt and no answer is in any of them."""
+    """Counts, times and the latest decisions. No prompt and no answer is in any of them.
 
-    def __init__(self, engines: dict[str, Engine], registry: CollectorRegistry, log: Log) -> None:
+    ``recorder`` is told too, under the ids of bookings, which no client chooses; the first failure to write
+    ends it.
+    """
+
+    def __init__(
+        self,
+        engines: dict[str, Engine],
+        registry: CollectorRegistry,
+        log: Log,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._engines = engines
         self._log = log
+        self._recorder = recorder
         self.requests: Counter[tuple[str, str, int]] = Counter()
         """By path, outcome and status; 0 where none was sent."""
         self.recent: deque[tuple[float, str, Decision]] = deque(maxlen=_RECENT)
@@ -40,12 +53,31 @@ class Records:
             buckets=_WHOLE_S, registry=registry,
         )  # fmt: skip
 
-    def decided(self, request_id: str, decision: Decision, now: float) -> None:
-        """Remember a decision."""
+    def decided(self, booking_id: str, request_id: str, decision: Decision, now: float) -> None:
+        """Remember a decision; ``request_id``: as it is shown."""
+        if self._recorder is not None:
+            self._record(self._recorder.dispatched, decision, request_id=booking_id, now=now)
         self.recent.append((now, request_id, decision))
         counts = self._engines[decision.instance].counts
         counts["prompt_tokens"] += decision.columns.request.prompt_tokens
         counts["hit_tokens"] += decision.hit_tokens
+
+    def first_token(self, booking_id: str, now: float) -> None:
+        """Record a first token."""
+        if self._recorder is not None:
+            self._record(self._recorder.first_token, booking_id, now=now)
+
+    def finished(self, booking_id: str, output_tokens: int | None, now: float) -> None:
+        """Record the end of a whole answer; of others none is recorded."""
+        if self._recorder is not None:
+            self._record(self._recorder.finished, booking_id, now=now, output_tokens=output_tokens)
+
+    def _record(self, write: Callable[..., None], *given: Any, **fields: Any) -> None:
+        try:
+            write(*given, **fields)
+        except OSError as error:
+            self._recorder = None
+            self._log("record_failed", error=type(error).__name__)
 
     def refused(self, path: str, code: str, status: int) -> None:
         """Count a request that was refused at the door; ``path`` is one of the gateway's own."""

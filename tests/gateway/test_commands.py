@@ -26,8 +26,9 @@ def test_the_demo_refuses_a_load_that_is_none(capsys):
     assert capsys.readouterr().err.count("\n") == 3
 
 
-def test_the_gateway_runs_logs_and_stops_on_sigterm():
+def test_the_gateway_runs_logs_records_and_stops_on_sigterm(tmp_path):
     command = [sys.executable, "-m", "mulsched", "serve", "--port", "0", "--engine", "http://127.0.0.1:9"]
+    command += ["--record", str(tmp_path / "record.jsonl")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with killed_after(60, process):
         url = process.stdout.readline().split("/v1")[0]
@@ -38,3 +39,4 @@ def test_the_gateway_runs_logs_and_stops_on_sigterm():
     assert process.returncode == 0
     assert '"event":"listening"' in log
     assert '"event":"stopped"' in log
+    assert '"block_size":64' in (tmp_path / "record.jsonl").read_text()

@@ -111,6 +111,16 @@ def test_events_are_given_for_each_engine():
     assert [engine.kv_events for engine in config.engines] == ["tcp://a:5", "tcp://b:5"]
 
 
+def test_each_rank_is_an_instance_with_ports_of_its_own():
+    engine = ("--engine", "http://a:1", "--kv-events", "tcp://a:50", "--kv-replay", "tcp://a:60")
+    config = serve._config(options(*engine, "--tokenizer", "t", "--data-parallel-size", "2"))
+    assert config.engines == (
+        EngineConfig("http://a:1", "tcp://a:50", "tcp://a:60", 0),
+        EngineConfig("http://a:1", "tcp://a:51", "tcp://a:61", 1),
+    )
+    assert [engine.name for engine in config.engines] == ["a:1/0", "a:1/1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,6 +131,14 @@ def test_events_are_given_for_each_engine():
         ),
         (["--engine", "http://a:1", "--kv-events", "tcp://a:5"], "--kv-events needs --tokenizer"),
         (["--engine", "http://a:1", "--kv-replay", "tcp://a:5"], "--kv-replay goes with --kv-events"),
+        (["--engine", "http://a:1", "--data-parallel-size", "0"], "--data-parallel-size must be at least 1"),
+        (
+            [
+                *("--engine", "http://a:1", "--kv-events", "ipc:///a"),
+                *("--tokenizer", "t", "--data-parallel-size", "2"),
+            ],
+            "with a port expected",
+        ),
         (["--engine", "http://a:1", "--api-key", "@/nowhere"], "No such file"),
         (["--engine", "http://a:1", "--policy", "nobody"], "nobody"),
         (["--engine", "http://a:1", "--chat-template", "/nowhere"], "--chat-template goes with --tokenizer"),

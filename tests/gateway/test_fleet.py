@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from fake_engine import answers, dies, streams
+from fake_engine import FakeEngine, answers, dies, streams
 from gateway_harness import ASK, CHAT, Front, run
 
 from mulsched.gateway import EngineConfig, PromptReader
@@ -167,11 +167,113 @@ def test_draining_needs_a_name_and_yes_or_no(name, body, status):
 def test_the_models_of_all_engines_are_one_list():
     async def scenario(front):
         front.engines[0].models, front.engines[1].models = ["a", "b"], ["b", "c"]
+        await check(front)
         status, text = await front.get("/v1/models")
         assert status == 200
         assert [model["id"] for model in json.loads(text)["data"]] == ["a", "b", "c"]
 
     run(scenario, answers(), answers())
+
+
+def serving(*models):
+    """Return a ``before`` that gives each engine its models."""
+
+    def tell(front):
+        for engine, names in zip(front.engines, models, strict=True):
+            engine.models = names
+
+    return tell
+
+
+def asks(model):
+    return {"model": model, "prompt": "hello"}
+
+
+def test_a_request_goes_to_an_engine_that_serves_its_model():
+    async def scenario(front):
+        for model in ("b", "b", "a", "b"):
+            assert (await front.post("/v1/completions", asks(model)))[0] == 200
+        assert [len(engine.asked) for engine in front.engines] == [1, 3]
+
+    run(scenario, answers(), answers(), before=serving(["a"], ["b"]))
+
+
+def test_an_engine_that_tells_no_models_may_serve_any():
+    async def scenario(front):
+        assert (await front.post("/v1/completions", asks("c")))[0] == 200
+        assert [len(engine.asked) for engine in front.engines] == [0, 1]
+
+    run(scenario, answers(), answers(), before=serving(["a"], []))
+
+
+def test_a_model_that_no_engine_has_is_not_found():
+    async def scenario(front):
+        status, body, _ = await front.post("/v1/completions", asks("c"))
+        assert (status, body["error"]["code"]) == (404, "model_not_found")
+        assert body["error"]["type"] == "invalid_request_error"
+
+    run(scenario, answers(), answers(), before=serving(["a"], ["b"]))
+
+
+def test_a_model_whose_engine_is_away_may_come_again():
+    async def scenario(front):
+        front.engines[1].healthy = False
+        await check(front, 3)
+        status, body, headers = await front.post("/v1/completions", asks("b"))
+        assert (status, body["error"]["code"]) == (503, "no_engine")
+        assert headers["Retry-After"] == "2"
+
+    run(scenario, answers(), answers(), before=serving(["a"], ["b"]))
+
+
+def test_a_request_is_tried_again_where_its_model_is_served_only():
+    async def scenario(front):
+        assert (await front.post("/v1/completions", asks("b")))[0] == 502
+        assert front.engines[0].asked == []
+
+    run(scenario, answers(), dies, before=serving(["a"], ["b"]))
+
+
+def test_a_model_that_is_loaded_later_is_found_by_the_next_check():
+    async def scenario(front):
+        front.engines[1].models = ["a", "b"]
+        assert (await front.post("/v1/completions", asks("b")))[0] == 404
+        await check(front)
+        assert (await front.post("/v1/completions", asks("b")))[0] == 200
+
+    run(scenario, answers(), answers(), before=serving(["a"], ["a"]))
+
+
+def test_a_request_names_the_rank_it_is_for():
+    async def scenario():
+        async with asyncio.timeout(60), FakeEngine(answers()) as engine:
+            ranks = EngineConfig(engine.url).ranks(2)
+            async with Front((), engines=ranks, policy="round_robin") as front:
+                for _ in range(2):
+                    await front.post(X_data_parallel_rank="7")
+                assert [asked.header("X-data-parallel-rank") for asked in engine.asked] == [["0"], ["1"]]
+                name = f"{engine.name}/1"
+                async with front.http.put(f"/instances/{name}", json={"draining": True}) as response:
+                    assert (await response.json())["instance"] == name
+
+    asyncio.run(scenario())
+
+
+def test_load_from_elsewhere_counts_where_engines_are_polled():
+    async def scenario(front):
+        pollers = front.gateway.fleet.pollers
+        while not all(poller.load for poller in pollers.values()):
+            await asyncio.sleep(0)
+        assert len(pollers) == 2
+        for _ in range(3):
+            await front.post("/v1/completions", {"prompt": "hello"})
+        assert [len(engine.asked) for engine in front.engines] == [0, 3]
+
+    def tell(front):
+        for engine, running in zip(front.engines, (7, 0), strict=True):
+            engine.metrics = b"vllm:num_requests_running %d\nvllm:num_requests_waiting 0\n" % running
+
+    run(scenario, answers(), answers(), before=tell, poll_load_s=3600.0)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """What a prompt is routed by: text, token ids, or what a tokenizer and a chat template make of it."""
 
 import asyncio
+import json
 
 import pytest
 
+from mulsched.block_keys import block_keys
 from mulsched.errors import InvalidArgument
 from mulsched.gateway import PromptReader, load_tokenizer
-from mulsched.gateway.chat_template import ChatTemplate
+from mulsched.gateway.chat_template import ChatTemplate, load_chat_template
 from mulsched.lifecycle import Lifecycle
 from mulsched.router import Router
+from mulsched.types import Namespace
 
 TEMPLATE = (
     "{% for m in messages %}\n"
@@ -75,6 +78,60 @@ def test_a_chat_is_what_the_template_makes_of_it():
     assert instance.send(CHAT) == (len(text), len(text) // 4 * 4)
 
 
+def test_an_adapter_shares_no_cache_with_its_model():
+    reader = PromptReader(4, letters)
+    keys = [
+        asyncio.run(reader.read({"model": "m", "prompt": "abcd"}, adapter=adapter))
+        for adapter in (False, True, False)
+    ]
+    instance = Instance(reader)
+    decisions = [key(instance.lifecycle, str(i), None, float(i)) for i, key in enumerate(keys)]
+    first, second, third = (decision.columns.request.keys for decision in decisions)
+    assert first.tolist() == third.tolist() != second.tolist()
+    assert (
+        second.tolist() == block_keys(letters("abcd", whole=True), 4, namespace=Namespace(lora="m")).tolist()
+    )
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_a_models_directory_has_its_template_and_special_tokens(tmp_path, in_a_file):
+    template = (
+        "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ strftime_now('%d') }}{{ pad_token }}"
+    )
+    described = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}
+    if in_a_file:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    else:
+        described["chat_template"] = template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    loaded = load_chat_template(tmp_path, None, lambda form: f"[{form}]")
+    assert loaded(CHAT) == "<s>a<b</s>[%d]"
+    (tmp_path / "other").write_text("{{ eos_token }}")
+    assert load_chat_template(tmp_path, tmp_path / "other", str)(CHAT) == "</s>"
+
+
+def test_a_directory_without_a_template_has_none(tmp_path):
+    assert load_chat_template(tmp_path, None, str) is None
+    (tmp_path / "tokenizer_config.json").write_text("[7]")
+    with pytest.raises(InvalidArgument, match="tokenizer_config.json is not a JSON object"):
+        load_chat_template(tmp_path, None, str)
+
+
+@pytest.mark.parametrize("loop", ["m.content", "m['content']", 'm["content"]'])
+def test_a_template_that_loops_over_parts_is_given_parts(loop):
+    template = ChatTemplate(
+        f"{{% for m in messages %}}{{% for p in {loop} %}}<{{{{ p.text }}}}>{{% endfor %}}{{% endfor %}}"
+    )
+    for content, text in (("ab", "<ab>"), ([{"text": "a"}, {"text": "b"}], "<a><b>")):
+        assert template({"messages": [{"role": "user", "content": content}]}) == text
+
+
+def test_a_template_without_such_a_loop_is_given_text():
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    for content, text in (("a", "a"), ([{"text": "a"}, {"text": "b"}], "a\nb"), (None, "None"), ([7], "[7]")):
+        assert template({"messages": [{"role": "user", "content": content}]}) == text
+
+
 def test_tools_and_arguments_reach_the_template():
     template = ChatTemplate(TEMPLATE + "{{ mood }}")
     body = {**CHAT, "tools": [{"a": "<é>"}], "chat_template_kwargs": {"mood": "!"}}
@@ -111,7 +168,7 @@ def test_a_prompt_that_cannot_be_read_counts_as_one(body):
     assert Instance(PromptReader(16)).send(body) == (1, 0)
 
 
-def test_a_tokenizer_is_a_file(tmp_path):
+def test_a_tokenizer_is_a_file_or_lies_in_a_directory(tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -119,7 +176,8 @@ def test_a_tokenizer_is_a_file(tmp_path):
     tokenizer = Tokenizer(WordLevel({"a": 5, "b": 6, "?": 7}, unk_token="?"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(str(tmp_path / "tokenizer.json"))("b a c", whole=True) == [6, 5, 7]
+    for path in (tmp_path / "tokenizer.json", tmp_path):
+        assert load_tokenizer(str(path))("b a c", whole=True) == [6, 5, 7]
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
