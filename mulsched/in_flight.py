@@ -84,7 +84,8 @@ class PrefixesInFlight:
         there = max(cached_blocks * block_size, booking.prompt_tokens - booking.new_prefill_tokens)
         waiting = self._coming[booking.row][booking.keys.item(0)]
         position = next(i for i, other in enumerate(waiting) if other is booking)
-        for earlier in waiting[:position]:  # a prompt is never booked as hit as a whole, so its hit may be less
+        # the last token of a prompt is computed anyway, so it may be booked for less than these bring
+        for earlier in waiting[:position]:
             there = max(there, _common_blocks(earlier.keys, booking.keys) * block_size)
         for heir in waiting[position + 1 :]:
             shared = _common_blocks(heir.keys, booking.keys) * block_size
