@@ -17,6 +17,27 @@
 
 namespace mulsched {
 
+// What a class in alarm may not choose; see mulsched.failure.Mitigation.
+enum class Mitigation { kSpread, kExclude, kLoadOnly };
+
+// Fills kept with the positions of the candidates that are left; matched, batch: n candidates.
+inline void keep_candidates(Mitigation mitigation, std::int64_t depth, const std::int64_t* matched,
+                            const std::int64_t* batch, std::size_t n, std::vector<std::int64_t>& kept) {
+  std::int64_t all = 0, fewest = batch[0];
+  for (std::size_t i = 0; i < n; ++i) {
+    all += batch[i];
+    fewest = std::min(fewest, batch[i]);
+  }
+  kept.clear();
+  for (std::size_t i = 0; i < n; ++i) {
+    const bool held = matched[i] >= depth;
+    const bool out = mitigation == Mitigation::kExclude    ? held
+                     : mitigation == Mitigation::kLoadOnly ? batch[i] != fewest
+                                                           : held && batch[i] * static_cast<std::int64_t>(n) > all;
+    if (!out) kept.push_back(static_cast<std::int64_t>(i));
+  }
+}
+
 // The class in alarm on a path; depth 0: none.
 struct ClassFound {
   std::int64_t depth = 0;
@@ -31,6 +52,7 @@ class Occupancy {
 
   double load() const noexcept { return load_; }
   std::size_t nodes() const noexcept { return index_.size(); }
+  std::int64_t raised() const noexcept { return raised_; }  // alarms
 
   // keys: n_keys of the prompt; matched, loads: n candidates. Changes no state that can be seen, and keeps what
   // it found for the dispatch that follows. The caller keeps both arrays until it examines others.
@@ -92,7 +114,10 @@ class Occupancy {
         node.alarm = false;
         released.push_back(hash);
       }
-      if (found.depth > 0 && found.hash == hash) node.alarm = true;
+      if (found.depth > 0 && found.hash == hash && !node.alarm) {
+        node.alarm = true;
+        ++raised_;
+      }
       ++node.requests;
       node.load += weight;
       node.squares += weight * weight;
@@ -198,6 +223,7 @@ class Occupancy {
 
   double confidence_;
   double load_ = 0, squares_ = 0;
+  std::int64_t raised_ = 0;
   std::uint64_t changes_ = 1;  // dispatches and ends
   FlatMap index_;              // from hash to node
   std::vector<Node> nodes_;

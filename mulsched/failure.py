@@ -111,12 +111,13 @@ class FailureDetector:
                 raise InvalidArgument(f"{name} must be finite and above 0, got {value}")
         self.mode: Mode = mode
         self.mitigation: Mitigation = mitigation or ("exclude" if mode == "paper" else "spread")
+        self._confidence = float(confidence)
         self._by_tokens = weight == "tokens"
         # batch sizes count the request to come on every candidate, which weighs nothing in a comparison
         self._loads = COLUMNS.index("context_tokens" if self._by_tokens else "batch_size")
         self._on_alarm, self._on_release = on_alarm, on_release
         self._paper = PaperDetector(float(window_s)) if mode == "paper" else None
-        self._core = Occupancy(float(confidence))
+        self._core = Occupancy(self._confidence)
         self._slots: dict[Hashable, int] = {}
         self._alarms: dict[int, Alarm] = {}
         self._raised = 0
@@ -175,6 +176,19 @@ class FailureDetector:
             released = self._core.end(slot)
             if released:
                 self._release(released)
+
+    def native_form(self) -> tuple[float, str, bool] | None:
+        """Return confidence, mitigation and whether tokens weigh, for a replay that keeps the account itself.
+
+        None if only this object can: mode paper, callbacks, or requests in flight.
+        """
+        if self._paper is not None or self._on_alarm or self._on_release or self._slots:
+            return None
+        return self._confidence, self.mitigation, self._by_tokens
+
+    def count_alarms(self, raised: int) -> None:
+        """Add alarms of an account that a replay has kept for this detector."""
+        self._raised += raised
 
     def _release(self, hashes: Sequence[int]) -> None:
         for key in hashes:

@@ -92,6 +92,9 @@ cdef extern from "replay.hpp" namespace "mulsched" nogil:
     enum class Divisor "mulsched::Divisor":
         kNone, kMax, kPrompt
 
+    enum class Mitigation "mulsched::Mitigation":
+        kSpread, kExclude, kLoadOnly
+
     cdef cppclass CFusedScore "mulsched::FusedScore":
         vector[size_t] columns
         vector[double] weights
@@ -134,6 +137,8 @@ cdef extern from "replay.hpp" namespace "mulsched" nogil:
         CReplay(const CTraceView&, const COptions&, const CLimits&, const CStepTime&, const CRecords&,
                 CHost&) except +
         deque[CPool]& pools()
+        void guard(size_t, double, Mitigation, cbool) except +
+        int64_t alarms(size_t)
         int64_t orphans()
         int64_t lost_messages()
         int64_t preemptions()
@@ -325,10 +330,10 @@ cdef class Host:
         )
         judged = None if policy.detector is None else policy.detector.judge(columns)
         position, _ = select(policy, columns, self.options.ties[p], keep=None if judged is None else judged[0])
-        if policy.detector is not None:
-            policy.detector.dispatch(columns, request)
         if policy.on_dispatch is not None:
             policy.on_dispatch(columns, position)
+        if policy.detector is not None:
+            policy.detector.dispatch(columns, request)
         return position
 
 
@@ -493,23 +498,34 @@ def run_replay(trace, options, records, progress):
     step_time.reset(step_time_of(options.profile.step_time, host))
     replay.reset(new CReplay(bound.trace, plain, limits_of(options.profile.limits(options.kv_blocks)),
                              dereference(step_time), bound.records, dereference(asked)))
+    guards = {}
     for p in range(replay.get().pools().size()):
-        policy, ties = options.policies[p], options.ties[p]
+        policy, ties, guarded = options.policies[p], options.ties[p], None
         replay.get().pools()[p].ties = {
             "least_recent": Ties.kLeastRecent, "random": Ties.kRandom, "first": Ties.kFirst}[ties]
         replay.get().pools()[p].tell_ends = policy.detector is not None
-        asks = policy.filters or policy.on_dispatch is not None or policy.detector is not None
+        if policy.detector is not None and policy.on_dispatch is None and not policy.filters:
+            guarded = policy.detector.native_form()
+        asks = policy.filters or policy.on_dispatch is not None or (policy.detector is not None and guarded is None)
         form = None if asks else native_form(policy.score)
-        if form is not None:
-            replay.get().pools()[p].score.columns = form[0]
-            replay.get().pools()[p].score.weights = form[1]
-            for divisor in form[2]:
-                replay.get().pools()[p].score.divisors.push_back(
-                    {None: Divisor.kNone, "max": Divisor.kMax, "prompt": Divisor.kPrompt}[divisor])
+        if form is None:
+            continue
+        replay.get().pools()[p].score.columns = form[0]
+        replay.get().pools()[p].score.weights = form[1]
+        for divisor in form[2]:
+            replay.get().pools()[p].score.divisors.push_back(
+                {None: Divisor.kNone, "max": Divisor.kMax, "prompt": Divisor.kPrompt}[divisor])
+        if guarded is not None:
+            replay.get().guard(p, guarded[0], {
+                "spread": Mitigation.kSpread, "exclude": Mitigation.kExclude,
+                "load_only": Mitigation.kLoadOnly}[guarded[1]], guarded[2])
+            guards[p] = policy.detector
     with nogil:
         done = replay.get().run()
     if not done:
         raise host.error
+    for p, detector in guards.items():
+        detector.count_alarms(replay.get().alarms(p))
     counts = Counts()
     counts.preemptions = replay.get().preemptions()
     counts.lost_messages, counts.orphans = replay.get().lost_messages(), replay.get().orphans()
