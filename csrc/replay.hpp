@@ -46,8 +46,8 @@ struct Guard {
   bool by_tokens;
   std::vector<std::size_t> slots;  // by request
 
-  Guard(double confidence, Mitigation what, bool weighs_tokens)
-      : occupancy(confidence), mitigation(what), by_tokens(weighs_tokens) {}
+  Guard(double confidence, double horizon, Mitigation what, bool weighs_tokens)
+      : occupancy(confidence, horizon), mitigation(what), by_tokens(weighs_tokens) {}
 };
 
 // Instances of one kind and the router's view of them.
@@ -55,7 +55,7 @@ struct Pool {
   std::int64_t first;  // number of its first instance
   FusedScore score;    // without columns: ask the policy
   Ties ties;
-  bool tell_ends = false;        // the policy keeps account of requests
+  bool tells = false;            // the policy keeps account of requests
   std::unique_ptr<Guard> guard;  // in place of the policy's own account
   PrefixIndex index;
   HolderMasks masks;  // in place of the index, if the replay is masked
@@ -80,7 +80,8 @@ class ReplayHost {
   virtual std::int64_t choose(std::size_t pool, std::int64_t request, double now, const Key* keys,
                               std::size_t n_keys, const Pool& state) = 0;
   virtual bool go_on(std::int64_t finished) = 0;
-  // The router hears that a request has ended; asked only of pools that want to know.
+  // The router hears of a request's first token and its end; asked only of pools that want to know.
+  virtual void first_token(std::size_t pool, std::int64_t request) = 0;
   virtual void ended(std::size_t pool, std::int64_t request) = 0;
 };
 
@@ -110,8 +111,8 @@ class Replay {
   }
 
   std::deque<Pool>& pools() noexcept { return pools_; }
-  void guard(std::size_t p, double confidence, Mitigation mitigation, bool by_tokens) {
-    pools_[p].guard = std::make_unique<Guard>(confidence, mitigation, by_tokens);
+  void guard(std::size_t p, double confidence, double horizon, Mitigation mitigation, bool by_tokens) {
+    pools_[p].guard = std::make_unique<Guard>(confidence, horizon, mitigation, by_tokens);
     pools_[p].guard->slots.resize(static_cast<std::size_t>(trace_.n));
   }
   // Alarms of a pool with a guard.
@@ -286,9 +287,9 @@ class Replay {
     const std::vector<Key>& keys = real_keys(i);
     const std::size_t n = pool.rows.size();
     const std::int64_t* matched = pool.table.data() + kMatchedBlocks * n;
-    const std::int64_t* loads = pool.table.data() + (pool.guard->by_tokens ? kContextTokens : kBatchSize) * n;
+    const Candidates candidates{pool.table.data(), pool.guard->by_tokens ? kContextTokens : kBatchSize, n};
     Occupancy& occupancy = pool.guard->occupancy;
-    ClassFound found = occupancy.examine(keys.data(), n_prompt, matched, loads, n);
+    ClassFound found = occupancy.examine(keys.data(), n_prompt, candidates);
     if (found.depth > 0) {
       keep_candidates(pool.guard->mitigation, found.depth, matched, pool.table.data() + kBatchSize * n, n, kept_);
       kept_table_.resize(kColumns * kept_.size());
@@ -298,10 +299,11 @@ class Replay {
                                                kept_table_.data(), kept_.size(), pool.scores.data());
       chosen = best < 0 ? best : kept_[static_cast<std::size_t>(best)];
     }
+    if (chosen < 0) return chosen;
     const double weight = pool.guard->by_tokens ? static_cast<double>(trace_.prompt_tokens[i]) : 1.0;
     released_.clear();
     pool.guard->slots[static_cast<std::size_t>(i)] =
-        occupancy.dispatch(keys.data(), n_prompt, matched, loads, n, weight, found, released_);
+        occupancy.dispatch(keys.data(), n_prompt, candidates, static_cast<std::size_t>(chosen), weight, found, released_);
     return chosen;
   }
 
@@ -429,12 +431,17 @@ class Replay {
       pool.at(kLoadWaiting, news.row) -= 1;
       pool.at(kLoadRunning, news.row) += 1;
       if (options_.in_flight) arrive(pool, news.row, news.request);
+      if (pool.guard != nullptr) {
+        pool.guard->occupancy.first_token(pool.guard->slots[static_cast<std::size_t>(news.request)]);
+      } else if (pool.tells) {
+        host_.first_token(news.pool, news.request);
+      }
     } else {
       pool.at(kLoadRunning, news.row) -= 1;
       pool.at(kLoadContext, news.row) -= trace_.prompt_tokens[news.request];
       if (pool.guard != nullptr) {
         pool.guard->occupancy.end(pool.guard->slots[static_cast<std::size_t>(news.request)], released_);
-      } else if (pool.tell_ends) {
+      } else if (pool.tells) {
         host_.ended(news.pool, news.request);
       }
     }

@@ -18,7 +18,7 @@ with H the load on the holders, T on all candidates, Q the sum of squares of eve
 confidence. It ends when neither excess is above 0, with M as of then, or with the last request of the class.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from mulsched._backend import BACKEND
 from mulsched._failure_paper import PaperDetector
-from mulsched._failure_py import Found
+from mulsched._failure_py import Ended, Found
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.indicators import COLUMNS, Columns
 
@@ -92,6 +92,7 @@ class FailureDetector:
         mitigation: Mitigation | None = None,
         weight: Literal["tokens", "requests"] = "tokens",
         confidence: float = 3.0,
+        horizon: float = 2.0,
         window_s: float = 60.0,
         on_alarm: Callable[[Alarm], None] | None = None,
         on_release: Callable[[Alarm], None] | None = None,
@@ -104,21 +105,20 @@ class FailureDetector:
             )
         if weight not in ("tokens", "requests"):
             raise InvalidArgument(f"weight must be 'tokens' or 'requests', got {weight!r}")
-        for name, value in (("confidence", confidence), ("window_s", window_s)):
+        for name, value in (("confidence", confidence), ("horizon", horizon), ("window_s", window_s)):
             if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
                 raise InvalidType(f"{name} must be a number, got {type(value).__name__}")
             if not 0 < value < float("inf"):
                 raise InvalidArgument(f"{name} must be finite and above 0, got {value}")
         self.mode: Mode = mode
         self.mitigation: Mitigation = mitigation or ("exclude" if mode == "paper" else "spread")
-        self._confidence = float(confidence)
+        self._constants = float(confidence), float(horizon)
         self._by_tokens = weight == "tokens"
         # batch sizes count the request to come on every candidate, which weighs nothing in a comparison
         self._loads = COLUMNS.index("context_tokens" if self._by_tokens else "batch_size")
         self._on_alarm, self._on_release = on_alarm, on_release
         self._paper = PaperDetector(float(window_s)) if mode == "paper" else None
-        self._core = Occupancy(self._confidence)
-        self._slots: dict[Hashable, int] = {}
+        self._core = Occupancy(*self._constants)
         self._alarms: dict[int, Alarm] = {}
         self._raised = 0
 
@@ -150,18 +150,33 @@ class FailureDetector:
         alarm = self._alarms.get(found[1]) or self._alarm(columns, found)
         return self._mask(columns, columns.matched_blocks >= found[0]), alarm
 
-    def dispatch(self, columns: Columns, request_id: Hashable) -> None:
-        """Count a request in that was decided from ``columns``; start and end alarms."""
-        released: Sequence[int]
+    def dispatch(self, columns: Columns, request_id: Hashable, position: int) -> None:
+        """Count a request in that goes to the candidate at ``position`` of ``columns``; start and end alarms.
+
+        Raises DuplicateRequest: it is in flight already.
+        """
         if self._paper is not None:
-            found, released = self._paper.dispatch(columns)
-        else:
-            weight = float(columns.request.prompt_tokens) if self._by_tokens else 1.0
-            self._slots[request_id], found, released = self._core.dispatch(
-                columns.request.keys, columns.table, self._loads, weight
-            )
-        if released:
-            self._release(released)
+            self._tell(columns, self._paper.dispatch(columns))
+            return
+        request = columns.request
+        weight = float(request.prompt_tokens) if self._by_tokens else 1.0
+        told = self._core.dispatch(request_id, request.keys, columns.table, self._loads, weight, position)
+        if told is not None:
+            self._tell(columns, told)
+
+    def first_token(self, request_id: Hashable) -> None:
+        """Hear that a request's prefix is computed."""
+        self._core.first_token(request_id)
+
+    def end(self, request_id: Hashable) -> None:
+        """Count a request out. One that was never counted in is ignored."""
+        ended = self._core.end(request_id)
+        if ended:
+            self._release(ended)
+
+    def _tell(self, columns: Columns, told: tuple[Found | None, Ended]) -> None:
+        found, ended = told
+        self._release(ended)
         if found is not None and found[1] not in self._alarms:
             alarm = self._alarm(columns, found)
             self._alarms[alarm.class_hash] = alarm
@@ -169,28 +184,20 @@ class FailureDetector:
             if self._on_alarm is not None:
                 self._on_alarm(alarm)
 
-    def end(self, request_id: Hashable) -> None:
-        """Count a request out. One that was never counted in is ignored."""
-        slot = self._slots.pop(request_id, None)
-        if slot is not None:
-            released = self._core.end(slot)
-            if released:
-                self._release(released)
-
-    def native_form(self) -> tuple[float, str, bool] | None:
-        """Return confidence, mitigation and whether tokens weigh, for a replay that keeps the account itself.
+    def native_form(self) -> tuple[float, float, str, bool] | None:
+        """Return confidence, horizon, mitigation and whether tokens weigh, for a replay that keeps the account itself.
 
         None if only this object can: mode paper, callbacks, or requests in flight.
         """
-        if self._paper is not None or self._on_alarm or self._on_release or self._slots:
+        if self._paper is not None or self._on_alarm or self._on_release or self._core.load > 0:
             return None
-        return self._confidence, self.mitigation, self._by_tokens
+        return *self._constants, self.mitigation, self._by_tokens
 
     def count_alarms(self, raised: int) -> None:
         """Add alarms of an account that a replay has kept for this detector."""
         self._raised += raised
 
-    def _release(self, hashes: Sequence[int]) -> None:
+    def _release(self, hashes: Ended) -> None:
         for key in hashes:
             alarm = self._alarms.pop(key)
             if self._on_release is not None:

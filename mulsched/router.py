@@ -478,7 +478,7 @@ class Router:
         if self._in_flight is not None:
             self._in_flight.dispatch(booking)
         if self._detector is not None:  # last: if a callback raises, the request is booked
-            self._detector.dispatch(decision.columns, request_id)
+            self._detector.dispatch(decision.columns, request_id, decision.position)
 
     # -- the life of a request ---------------------------------------------------------------------
 
@@ -491,6 +491,8 @@ class Router:
             booking = self._load.first_token(request_id)
             self._arrive(booking)
             self._predict(booking)
+            if self._detector is not None:
+                self._detector.first_token(request_id)
 
     def finish(self, request_id: Hashable) -> None:
         """Record that a request is done. Without a ``first_token`` before, that is implied.

@@ -8,7 +8,11 @@ __all__ = ["lmetric_guarded", "lmetric_paper_detector"]
 
 
 def lmetric_guarded(
-    *, mitigation: Mitigation = "spread", weight: str = "tokens", confidence: float = 3.0
+    *,
+    mitigation: Mitigation = "spread",
+    weight: str = "tokens",
+    confidence: float = 3.0,
+    horizon: float = 2.0,
 ) -> Policy:
     """LMetric, and for classes of requests that overload the holders of their prefix a mask.
 
@@ -19,7 +23,12 @@ def lmetric_guarded(
     Parameters: those of :class:`~mulsched.failure.FailureDetector`.
     Known losses: docs/failure.md.
     """
-    detector = FailureDetector(mitigation=mitigation, weight=weight, confidence=confidence)  # type: ignore[arg-type]
+    detector = FailureDetector(
+        mitigation=mitigation,
+        weight=weight,  # type: ignore[arg-type]
+        confidence=confidence,
+        horizon=horizon,
+    )
     return Policy(
         name="lmetric_guarded",
         score=Multiplicative("p_tokens", "batch_size"),
