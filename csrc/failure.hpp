@@ -63,6 +63,9 @@ class Occupancy {
   std::size_t nodes() const noexcept { return index_.size(); }
   std::int64_t raised() const noexcept { return raised_; }  // alarms
 
+  // The arrays examined last may be gone.
+  void forget() noexcept { last_ = {}; }
+
   // keys: n_keys of the prompt. Changes no state that can be seen, and keeps what it found for the dispatch that
   // follows. The caller keeps both arrays until it examines others.
   ClassFound examine(const std::uint64_t* keys, std::size_t n_keys, const Candidates& candidates) {
@@ -74,7 +77,8 @@ class Occupancy {
     path_.clear();
     in_excess_.clear();
     double widest = 0;
-    std::int64_t everywhere = 0;
+    std::int64_t everywhere = 0, holders = 0, on_holders = 0;
+    std::int64_t least = 0;  // match of those holders: deeper classes up to there have the same
     for (std::size_t i = 0; i < n; ++i) everywhere += loads[i];
     for (std::size_t c = 0; c < hashes_.size(); ++c) {
       const std::uint32_t at = index_.find(hashes_[c]);
@@ -82,13 +86,15 @@ class Occupancy {
       path_.push_back(at);
       const Node& node = nodes_[at];
       const auto depth = static_cast<std::int64_t>(depths_[c]);
-      // a class that is light enough needs no look at its holders
-      if (!node.alarm && node.load <= confidence_ * std::sqrt(node.squares)) continue;
-      std::int64_t holders = 0, on_holders = 0;
-      for (std::size_t i = 0; i < n; ++i) {  // integers, which add up in any order
-        const std::int64_t held = -static_cast<std::int64_t>(matched[i] >= depth);
-        holders -= held;
-        on_holders += loads[i] & held;
+      if (depth > least) {
+        holders = on_holders = 0;
+        least = std::numeric_limits<std::int64_t>::max();
+        for (std::size_t i = 0; i < n; ++i) {  // integers, which add up in any order
+          const bool held = matched[i] >= depth;
+          holders += held;
+          on_holders += held ? loads[i] : 0;
+          least = std::min(least, held ? matched[i] : least);
+        }
       }
       const double excess = excess_of(node, holders, static_cast<std::int64_t>(n), static_cast<double>(on_holders),
                                       static_cast<double>(everywhere));
@@ -246,7 +252,7 @@ class Occupancy {
     if (holders == n) return 0;
     const double part = static_cast<double>(holders) / static_cast<double>(n);
     const double alone = node.load - part * load_, together = on_holders - part * everywhere;
-    if (node.alarm) return std::max(std::max(alone, together), 0.0);
+    if (node.alarm || (alone <= 0 && together <= 0)) return std::max(std::max(alone, together), 0.0);
     const double spread = confidence_ * std::sqrt(node.squares);
     if (node.load <= spread) return 0;
     if (alone > spread) return alone;
@@ -271,7 +277,7 @@ class Occupancy {
   double load_ = 0, squares_ = 0;
   std::int64_t raised_ = 0;
   std::uint64_t changes_ = 1;  // dispatches and ends
-  FlatMap index_;              // from hash to node
+  FlatMapOf<8> index_;         // from hash to node; sparse, as it is erased from all the time
   std::vector<Node> nodes_;
   std::vector<std::uint32_t> free_nodes_;
   std::vector<Slot> slots_;

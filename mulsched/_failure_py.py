@@ -156,10 +156,10 @@ class OccupancyPy:
         weight: float,
         chosen: int,
     ) -> tuple[Found | None, Ended] | None:
-        """Count a request in; return what ``examine`` finds and the classes that left alarm, None for neither.
+        """Count a request in; return what ``examine`` finds and what left alarm, None for neither.
 
-        ``chosen``: the position of the candidate that it goes to. The class that is found is in alarm from now on. O(blocks + log(blocks) * instances).
-        Raises DuplicateRequest.
+        ``chosen``: the position of the candidate that it goes to. The class that is found is in alarm from
+        now on. O(blocks + log(blocks) * instances). Raises DuplicateRequest.
         """
         if request_id in self._requests:
             raise DuplicateRequest(f"request {request_id!r} is in flight already")

@@ -100,6 +100,7 @@ def select(
     scores: NDArray[np.float64],
     score: FusedScore,
     decision: int,
+    occupancy: object,
 ) -> int: ...
 
 @disjoint_base

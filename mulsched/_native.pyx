@@ -169,6 +169,7 @@ cdef extern from "failure.hpp" namespace "mulsched" nogil:
         size_t dispatch(const uint64_t*, size_t, const CCandidates&, size_t, double, CClassFound&,
                         vector[uint64_t]&) except +
         cbool first_token(size_t)
+        void forget() noexcept
         cbool end(size_t, vector[uint64_t]&) except +
 
 SOURCE_DIGEST = (<bytes> MULSCHED_SOURCE_DIGEST).decode()
@@ -700,10 +701,10 @@ cdef class FusedScore:
         self.seed = seed % 2**64
 
 
-cdef int64_t* fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_t prompt_tokens,
+cdef int64_t* fill(PrefixIndex index, PrefixIndex in_flight, Words path, int64_t prompt_tokens,
                    int64_t block_size, Words rows, object load, Words out) except NULL:
     """Fill the columns of the candidate rows; return where they are."""
-    cdef Words path = words_of(keys), table = words_of(load, PyBUF_SIMPLE, 2)
+    cdef Words table = words_of(load, PyBUF_SIMPLE, 2)
     cdef const int64_t* candidates = <const int64_t*> rows.view.buf
     cdef const CPrefixIndex* coming = NULL
     cdef CLoadView view
@@ -728,7 +729,7 @@ cdef int64_t* fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_
 def fill_columns(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
                  int64_t block_size, rows, load, out):
     """Fill ``out``, shape (columns, candidates), for the candidate rows; see ``mulsched.indicators``."""
-    fill(index, in_flight, keys, prompt_tokens, block_size, words_of(rows), load,
+    fill(index, in_flight, words_of(keys), prompt_tokens, block_size, words_of(rows), load,
          words_of(out, PyBUF_WRITABLE, 2))
 
 
@@ -774,14 +775,20 @@ def pick(rows, out, scores, FusedScore score not None, int64_t decision):
 
 
 def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
-           int64_t block_size, rows, load, out, scores, FusedScore score not None, int64_t decision):
-    """Fill ``out`` and ``scores``; return the position of the pick, or -1 if a score is not finite."""
+           int64_t block_size, rows, load, out, scores, FusedScore score not None, int64_t decision,
+           occupancy):
+    """Fill ``out`` and ``scores``; return the position of the pick, or -1 if a score is not finite.
+
+    ``occupancy``, if it is native, is going to be asked about ``keys`` and ``out``.
+    """
     cdef Words candidates = words_of(rows), values = words_of(scores, PyBUF_WRITABLE)
-    cdef Words columns = words_of(out, PyBUF_WRITABLE, 2)
+    cdef Words path = words_of(keys), columns = words_of(out, PyBUF_WRITABLE, 2)
     cdef const int64_t* table = fill(
-        index, in_flight, keys, prompt_tokens, block_size, candidates, load, columns)
+        index, in_flight, path, prompt_tokens, block_size, candidates, load, columns)
     if values.length() != candidates.length():
         raise ValueError(f"{candidates.length()} candidates need as many scores, got {values.length()}")
+    if type(occupancy) is Occupancy:
+        (<Occupancy> occupancy).hand_over(keys, out, path, columns)
     return c_score_and_pick(score.score, score.ties, score.seed, decision, <const int64_t*> candidates.view.buf,
                             table, candidates.length(), <double*> values.view.buf)
 
@@ -832,12 +839,21 @@ cdef class Occupancy:
             return None
         return found_or_none(found), ended
 
+    cdef int hand_over(self, object keys, object table, Words path, Words columns) except -1:
+        """Take the buffers of a decision, to look at it next."""
+        self.core.get().forget()
+        self.keys, self.table, self.path, self.columns = keys, table, path, columns
+        return 0
+
     cdef CCandidates look_at(self, object keys, object table, size_t loads) except *:
         cdef CCandidates candidates
+        cdef Words columns
+        if loads >= kColumns:
+            raise ValueError(f"one of {kColumns} columns expected, got {loads}")
         if keys is not self.keys or table is not self.table:
             columns = words_of(table, PyBUF_SIMPLE, 2)
-            if columns.length() != kColumns or columns.view.shape[1] < 1 or loads >= kColumns:
-                raise ValueError(f"{kColumns} columns expected, got {columns.length()} and loads in {loads}")
+            if columns.length() != kColumns or columns.view.shape[1] < 1:
+                raise ValueError(f"{kColumns} columns of candidates expected, got {columns.length()}")
             self.path = words_of(keys)
             self.columns, self.keys, self.table = columns, keys, table
         candidates.table = <const int64_t*> self.columns.view.buf

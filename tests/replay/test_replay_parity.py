@@ -116,7 +116,14 @@ def test_the_twins_agree_on_every_request(
 def test_the_twins_agree_while_a_class_is_in_alarm(mitigation, weight):
     rng = np.random.default_rng(3)
     drawn = [  # a prefix that most ask for, with room to herd
-        (rng.random() / 400, [1, 1, 1, 1, *rng.integers(0, 2, 2).tolist()] if i % 4 else [0], 1, 20, -1, False)
+        (
+            rng.random() / 400,
+            [1, 1, 1, 1, *rng.integers(0, 2, 2).tolist()] if i % 4 else [0],
+            1,
+            20,
+            -1,
+            False,
+        )
         for i in range(200)
     ]
     raised, results = [], []
@@ -126,7 +133,9 @@ def test_the_twins_agree_while_a_class_is_in_alarm(mitigation, weight):
             with pytest.MonkeyPatch.context() as patch:
                 if backend == "python":
                     patch.setattr(simulator, "run_replay", run_python)
-                results.append(outcome(replay(trace_of(drawn), policy, profile=SMALL, instances=3, **options)))
+                results.append(
+                    outcome(replay(trace_of(drawn), policy, profile=SMALL, instances=3, **options))
+                )
             raised.append(policy.detector.alarms_raised)
     n = len(BACKENDS)
     assert all(results[i] == results[i - i % n] and raised[i] == raised[i - i % n] > 0 for i in range(3 * n))
