@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <deque>
 #include <limits>
+#include <memory>
 #include <queue>
 #include <vector>
 
 #include "engine.hpp"
+#include "failure.hpp"
 #include "step_time.hpp"
 #include "trace_blocks.hpp"
 
@@ -37,12 +39,24 @@ struct Coming {
   std::vector<Key> keys;
 };
 
+// A failure detector that asks nobody; see mulsched.failure.FailureDetector.
+struct Guard {
+  Occupancy occupancy;
+  Mitigation mitigation;
+  bool by_tokens;
+  std::vector<std::size_t> slots;  // by request
+
+  Guard(double confidence, double horizon, Mitigation what, bool weighs_tokens)
+      : occupancy(confidence, horizon), mitigation(what), by_tokens(weighs_tokens) {}
+};
+
 // Instances of one kind and the router's view of them.
 struct Pool {
   std::int64_t first;  // number of its first instance
   FusedScore score;    // without columns: ask the policy
   Ties ties;
-  bool tell_ends = false;  // the policy keeps account of requests
+  bool tells = false;            // the policy keeps account of requests
+  std::unique_ptr<Guard> guard;  // in place of the policy's own account
   PrefixIndex index;
   HolderMasks masks;  // in place of the index, if the replay is masked
   PrefixIndex in_flight;  // prefixes of requests without a first token, if they count
@@ -66,7 +80,8 @@ class ReplayHost {
   virtual std::int64_t choose(std::size_t pool, std::int64_t request, double now, const Key* keys,
                               std::size_t n_keys, const Pool& state) = 0;
   virtual bool go_on(std::int64_t finished) = 0;
-  // The router hears that a request has ended; asked only of pools that want to know.
+  // The router hears of a request's first token and its end; asked only of pools that want to know.
+  virtual void first_token(std::size_t pool, std::int64_t request) = 0;
   virtual void ended(std::size_t pool, std::int64_t request) = 0;
 };
 
@@ -96,6 +111,12 @@ class Replay {
   }
 
   std::deque<Pool>& pools() noexcept { return pools_; }
+  void guard(std::size_t p, double confidence, double horizon, Mitigation mitigation, bool by_tokens) {
+    pools_[p].guard = std::make_unique<Guard>(confidence, horizon, mitigation, by_tokens);
+    pools_[p].guard->slots.resize(static_cast<std::size_t>(trace_.n));
+  }
+  // Alarms of a pool with a guard.
+  std::int64_t alarms(std::size_t p) const noexcept { return pools_[p].guard->occupancy.raised(); }
   std::int64_t orphans() const noexcept { return orphans_; }
   std::int64_t lost_messages() const noexcept { return lost_; }
   std::int64_t preemptions() const noexcept {
@@ -212,6 +233,7 @@ class Replay {
     if (!pool.score.columns.empty())
       chosen = score_and_pick(pool.score, pool.ties, options_.seed, pool.decisions, pool.rows.data(),
                               pool.table.data(), pool.rows.size(), pool.scores.data());
+    if (pool.guard != nullptr && chosen >= 0) chosen = guarded(pool, i, blocks.n_prompt, chosen);
     if (chosen < 0) chosen = ask(p, i, blocks.n_prompt, now);
     if (chosen < 0) return false;
     const auto row = static_cast<std::size_t>(chosen);
@@ -260,9 +282,39 @@ class Replay {
     pool.in_flight.discard(static_cast<Row>(row), keys.data(), keys.size(), shared);
   }
 
-  std::int64_t ask(std::size_t p, std::int64_t i, std::size_t n_prompt, double now) {
+  // What the detector makes of a choice, and its account of the request.
+  std::int64_t guarded(Pool& pool, std::int64_t i, std::size_t n_prompt, std::int64_t chosen) {
+    const std::vector<Key>& keys = real_keys(i);
+    const std::size_t n = pool.rows.size();
+    const std::int64_t* matched = pool.table.data() + kMatchedBlocks * n;
+    const Candidates candidates{pool.table.data(), pool.guard->by_tokens ? kContextTokens : kBatchSize, n};
+    Occupancy& occupancy = pool.guard->occupancy;
+    ClassFound found = occupancy.examine(keys.data(), n_prompt, candidates);
+    if (found.depth > 0) {
+      keep_candidates(pool.guard->mitigation, found.depth, matched, pool.table.data() + kBatchSize * n, n, kept_);
+      kept_table_.resize(kColumns * kept_.size());
+      for (std::size_t column = 0, at = 0; column < kColumns; ++column)
+        for (const std::int64_t row : kept_) kept_table_[at++] = pool.table[column * n + static_cast<std::size_t>(row)];
+      const std::int64_t best = score_and_pick(pool.score, pool.ties, options_.seed, pool.decisions, kept_.data(),
+                                               kept_table_.data(), kept_.size(), pool.scores.data());
+      chosen = best < 0 ? best : kept_[static_cast<std::size_t>(best)];
+    }
+    if (chosen < 0) return chosen;
+    const double weight = pool.guard->by_tokens ? static_cast<double>(trace_.prompt_tokens[i]) : 1.0;
+    released_.clear();
+    pool.guard->slots[static_cast<std::size_t>(i)] =
+        occupancy.dispatch(keys.data(), n_prompt, candidates, static_cast<std::size_t>(chosen), weight, found, released_);
+    return chosen;
+  }
+
+  // The keys that a router would be given.
+  const std::vector<Key>& real_keys(std::int64_t i) {
     if (masked_) request_keys(trace_, i, options_.block_size, asked_keys_);
-    return host_.choose(p, i, now, (masked_ ? asked_keys_ : keys_).data(), n_prompt, pools_[p]);
+    return masked_ ? asked_keys_ : keys_;
+  }
+
+  std::int64_t ask(std::size_t p, std::int64_t i, std::size_t n_prompt, double now) {
+    return host_.choose(p, i, now, real_keys(i).data(), n_prompt, pools_[p]);
   }
 
   // Starts a step and plans its end.
@@ -379,10 +431,19 @@ class Replay {
       pool.at(kLoadWaiting, news.row) -= 1;
       pool.at(kLoadRunning, news.row) += 1;
       if (options_.in_flight) arrive(pool, news.row, news.request);
+      if (pool.guard != nullptr) {
+        pool.guard->occupancy.first_token(pool.guard->slots[static_cast<std::size_t>(news.request)]);
+      } else if (pool.tells) {
+        host_.first_token(news.pool, news.request);
+      }
     } else {
       pool.at(kLoadRunning, news.row) -= 1;
       pool.at(kLoadContext, news.row) -= trace_.prompt_tokens[news.request];
-      if (pool.tell_ends) host_.ended(news.pool, news.request);
+      if (pool.guard != nullptr) {
+        pool.guard->occupancy.end(pool.guard->slots[static_cast<std::size_t>(news.request)], released_);
+      } else if (pool.tells) {
+        host_.ended(news.pool, news.request);
+      }
     }
     if (!options_.predicted) return;
     const std::size_t n_prompt = request_keys(trace_, news.request, options_.block_size, keys_).n_prompt;
@@ -414,6 +475,8 @@ class Replay {
   double horizon_ = 0;  // when the next arrival by the clock is due
   std::int64_t planned_ = 0, finished_ = 0, lost_ = 0, orphans_ = 0;
   std::vector<Key> keys_, asked_keys_;
+  std::vector<std::int64_t> kept_, kept_table_;
+  std::vector<std::uint64_t> released_;
   std::vector<Engine::FirstToken> first_tokens_;
   std::vector<std::int64_t> ended_;
 };

@@ -62,6 +62,7 @@ class Host final : public mulsched::ReplayHost {
     return request % static_cast<std::int64_t>(pool.rows.size());
   }
   bool go_on(std::int64_t) override { return true; }
+  void first_token(std::size_t, std::int64_t) override {}
   void ended(std::size_t, std::int64_t) override {}
 };
 
@@ -100,6 +101,10 @@ void whole_replay(std::uint64_t seed) {
       pool.score.weights = {0.7, 0.3};
       pool.score.divisors = {mulsched::Divisor::kPrompt, mulsched::Divisor::kMax};
     }
+  }
+  for (std::size_t p = 0; p < replay.pools().size(); ++p) {
+    if (!replay.pools()[p].score.columns.empty() && seed % 4 < 3)
+      replay.guard(p, 0.3, 2, static_cast<mulsched::Mitigation>(seed % 4), seed % 2 == 0);
   }
   require(replay.run(), "stopped");
   for (std::size_t i = 0; i < n; ++i) require(arrived[i] < first[i] && first[i] <= finish[i], "times out of order");

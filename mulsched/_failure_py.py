@@ -2,23 +2,28 @@
 
 Invariants:
 
-1. A node is there exactly while a request in flight passes through it.
+1. A node is there exactly while a request in flight passes through it, and its prefixes' nodes are then too.
 2. A node's load is the sum of the weights of those requests, and its squares the sum of their squares.
 3. Only nodes that are there are in alarm.
 """
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mulsched.errors import DuplicateRequest
+from mulsched.indicators import COLUMNS
 from mulsched.types import Keys
 
-__all__ = ["Found", "OccupancyPy", "class_depths", "prefix_hashes"]
+__all__ = ["Ended", "Found", "OccupancyPy", "class_depths", "prefix_hashes"]
 
 Found = tuple[int, int, float, int]
 """A class in alarm: depth in blocks, hash, load in flight, holders."""
+
+_P_TOKENS, _BATCH_SIZE = COLUMNS.index("p_tokens"), COLUMNS.index("batch_size")
 
 _FACTOR = 0x9E3779B97F4A7C15  # odd, so that its powers never vanish modulo 2**64
 
@@ -50,19 +55,28 @@ def prefix_hashes(keys: Keys, depths: list[int]) -> list[int]:
 @dataclass(slots=True)
 class _Node:
     requests: int = 0
+    copies: int = 0  # on their way
     load: float = 0.0
     squares: float = 0.0
     alarm: bool = False
 
 
-class OccupancyPy:
-    """Load in flight by class, and the classes in alarm."""
+Ended = Sequence[int]
+"""Hashes of classes that left alarm."""
 
-    def __init__(self, confidence: float) -> None:
+
+class OccupancyPy:
+    """Load in flight by class, and the classes in alarm.
+
+    ``table``: the columns of a decision; ``loads``: which of them is the load of an instance.
+    """
+
+    def __init__(self, confidence: float, horizon: float) -> None:
         self._confidence = confidence
+        self._horizon = horizon
         self._nodes: dict[int, _Node] = {}
-        self._slots: list[tuple[list[int], float]] = []
-        self._free: list[int] = []
+        self._requests: dict[Hashable, tuple[list[int], float]] = {}
+        self._copied: dict[Hashable, list[int]] = {}  # the classes that a request makes a copy of
         self._load = 0.0
         self._squares = 0.0
 
@@ -76,18 +90,15 @@ class OccupancyPy:
         return len(self._nodes)
 
     def examine(self, keys: Keys, table: NDArray[np.int64], loads: int) -> Found | None:
-        """Return the class in alarm on this path, None without one. Changes nothing.
-
-        ``table``: the columns of a decision; ``loads``: which of them is the load of an instance.
-        """
+        """Return the class on this path of which a copy is wanted, None without one. Changes nothing."""
         return self._examine(keys, table, loads)[0]
 
     def _examine(
         self, keys: Keys, table: NDArray[np.int64], loads: int
     ) -> tuple[Found | None, list[int], list[int]]:
-        """Return the class with the widest excess, all hashes of the path and those in excess."""
+        """Return the class with the widest excess, all that somebody holds and those in excess."""
         matched, load = table[0], table[loads]
-        depths = class_depths(len(keys))
+        depths = class_depths(min(len(keys), int(matched.max())))
         hashes = prefix_hashes(keys, depths)
         n, everywhere = len(matched), float(load.sum())
         best: Found | None = None
@@ -95,14 +106,14 @@ class OccupancyPy:
         in_excess: list[int] = []
         for depth, key in zip(depths, hashes, strict=True):
             node = self._nodes.get(key)
+            if node is None:
+                break
             held = matched >= depth
             holders = int(held.sum())
-            if node is None or holders == 0:  # a class that nobody holds cannot herd, nor can a deeper one
-                break
             excess = self._excess(node, holders, n, float(load[held].sum()), everywhere)
             if excess > 0:
                 in_excess.append(key)
-                if excess >= widest:
+                if excess >= widest and node.copies == 0 and self._copy_pays(node, held, table):
                     widest, best = excess, (depth, key, node.load, holders)
         return best, hashes, in_excess
 
@@ -126,22 +137,45 @@ class OccupancyPy:
             return together
         return 0.0
 
-    def dispatch(
-        self, keys: Keys, table: NDArray[np.int64], loads: int, weight: float
-    ) -> tuple[int, Found | None, list[int]]:
-        """Count a request in; return its slot, what ``examine`` finds and the classes that left alarm.
+    def _copy_pays(self, node: _Node, held: NDArray[np.bool_], table: NDArray[np.int64]) -> bool:
+        """Return whether a copy somewhere else is worth its prefill by LMetric's score.
 
-        The class that is found is in alarm from now on. O(blocks + log(blocks) * instances).
+        On one holder more, each has holders / (holders + 1) of the requests in flight, and all the others
+        come there.
         """
+        score = table[_P_TOKENS].astype(np.float64) * table[_BATCH_SIZE]
+        stay, move = float(score[held].min()), float(score[~held].min())
+        return self._horizon * node.requests * stay > (int(held.sum()) + 1) * move
+
+    def dispatch(
+        self,
+        request_id: Hashable,
+        keys: Keys,
+        table: NDArray[np.int64],
+        loads: int,
+        weight: float,
+        chosen: int,
+    ) -> tuple[Found | None, Ended] | None:
+        """Count a request in; return what ``examine`` finds and what left alarm, None for neither.
+
+        ``chosen``: the position of the candidate that it goes to. The class that is found is in alarm from
+        now on. O(blocks + log(blocks) * instances). Raises DuplicateRequest.
+        """
+        if request_id in self._requests:
+            raise DuplicateRequest(f"request {request_id!r} is in flight already")
         found, hashes, in_excess = self._examine(keys, table, loads)
-        released = []
+        ended = []
         for key in hashes:
             node = self._nodes.get(key)
             if node is not None and node.alarm and key not in in_excess:
                 node.alarm = False
-                released.append(key)
+                ended.append(key)
         if found is not None:
             self._nodes[found[1]].alarm = True
+            if table[0, chosen] < found[0]:  # of its prefixes, too
+                self._copied[request_id] = hashes[: hashes.index(found[1]) + 1]
+                for key in self._copied[request_id]:
+                    self._nodes[key].copies += 1
         for key in hashes:
             node = self._nodes.setdefault(key, _Node())
             node.requests += 1
@@ -149,22 +183,26 @@ class OccupancyPy:
             node.squares += weight * weight
         self._load += weight
         self._squares += weight * weight
-        if self._free:
-            slot = self._free.pop()
-            self._slots[slot] = hashes, weight
-        else:
-            slot = len(self._slots)
-            self._slots.append((hashes, weight))
-        return slot, found, released
+        self._requests[request_id] = hashes, weight
+        return (found, ended) if found is not None or ended else None
 
-    def end(self, slot: int) -> list[int]:
-        """Count a request out; return the classes that left alarm, having nobody in flight. O(log blocks)."""
-        hashes, weight = self._slots[slot]
-        self._slots[slot] = [], 0.0
-        self._free.append(slot)
+    def first_token(self, request_id: Hashable) -> None:
+        """Count a copy of a prefix as made, if the request was sent for one."""
+        for key in self._copied.pop(request_id, ()):
+            self._nodes[key].copies -= 1
+
+    def end(self, request_id: Hashable) -> Ended:
+        """Count a request out; return the classes that left alarm, having nobody in flight. O(log blocks).
+
+        One that was never counted in is ignored.
+        """
+        if request_id not in self._requests:
+            return []
+        self.first_token(request_id)
+        hashes, weight = self._requests.pop(request_id)
         self._load -= weight
         self._squares -= weight * weight
-        released = []
+        ended = []
         for key in hashes:
             node = self._nodes[key]
             node.requests -= 1
@@ -173,5 +211,5 @@ class OccupancyPy:
             if node.requests == 0:
                 del self._nodes[key]
                 if node.alarm:
-                    released.append(key)
-        return released
+                    ended.append(key)
+        return ended

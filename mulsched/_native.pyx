@@ -25,7 +25,7 @@ import operator
 
 import numpy as np
 
-from mulsched.errors import InvalidArgument, InvalidTokens, InvalidType
+from mulsched.errors import DuplicateRequest, InvalidArgument, InvalidTokens, InvalidType
 
 cdef extern from "Python.h":
     # with borrowed references, as the loop over a prompt's tokens wants them
@@ -157,14 +157,20 @@ cdef extern from "failure.hpp" namespace "mulsched" nogil:
         double load
         int64_t holders
 
+    cdef cppclass CCandidates "mulsched::Candidates":
+        const int64_t* table
+        size_t loads, n
+
     cdef cppclass COccupancy "mulsched::Occupancy":
-        COccupancy(double) except +
+        COccupancy(double, double) except +
         double load()
         size_t nodes()
-        CClassFound examine(const uint64_t*, size_t, const int64_t*, const int64_t*, size_t) except +
-        size_t dispatch(const uint64_t*, size_t, const int64_t*, const int64_t*, size_t, double, CClassFound&,
+        CClassFound examine(const uint64_t*, size_t, const CCandidates&) except +
+        size_t dispatch(const uint64_t*, size_t, const CCandidates&, size_t, double, CClassFound&,
                         vector[uint64_t]&) except +
-        void end(size_t, vector[uint64_t]&) except +
+        cbool first_token(size_t)
+        void forget() noexcept
+        cbool end(size_t, vector[uint64_t]&) except +
 
 SOURCE_DIGEST = (<bytes> MULSCHED_SOURCE_DIGEST).decode()
 """Digest of the sources this module was built from; tests/test_build.py compares it with the checkout."""
@@ -695,10 +701,10 @@ cdef class FusedScore:
         self.seed = seed % 2**64
 
 
-cdef int64_t* fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_t prompt_tokens,
+cdef int64_t* fill(PrefixIndex index, PrefixIndex in_flight, Words path, int64_t prompt_tokens,
                    int64_t block_size, Words rows, object load, Words out) except NULL:
     """Fill the columns of the candidate rows; return where they are."""
-    cdef Words path = words_of(keys), table = words_of(load, PyBUF_SIMPLE, 2)
+    cdef Words table = words_of(load, PyBUF_SIMPLE, 2)
     cdef const int64_t* candidates = <const int64_t*> rows.view.buf
     cdef const CPrefixIndex* coming = NULL
     cdef CLoadView view
@@ -723,7 +729,7 @@ cdef int64_t* fill(PrefixIndex index, PrefixIndex in_flight, object keys, int64_
 def fill_columns(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
                  int64_t block_size, rows, load, out):
     """Fill ``out``, shape (columns, candidates), for the candidate rows; see ``mulsched.indicators``."""
-    fill(index, in_flight, keys, prompt_tokens, block_size, words_of(rows), load,
+    fill(index, in_flight, words_of(keys), prompt_tokens, block_size, words_of(rows), load,
          words_of(out, PyBUF_WRITABLE, 2))
 
 
@@ -769,14 +775,20 @@ def pick(rows, out, scores, FusedScore score not None, int64_t decision):
 
 
 def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
-           int64_t block_size, rows, load, out, scores, FusedScore score not None, int64_t decision):
-    """Fill ``out`` and ``scores``; return the position of the pick, or -1 if a score is not finite."""
+           int64_t block_size, rows, load, out, scores, FusedScore score not None, int64_t decision,
+           occupancy):
+    """Fill ``out`` and ``scores``; return the position of the pick, or -1 if a score is not finite.
+
+    ``occupancy``, if it is native, is going to be asked about ``keys`` and ``out``.
+    """
     cdef Words candidates = words_of(rows), values = words_of(scores, PyBUF_WRITABLE)
-    cdef Words columns = words_of(out, PyBUF_WRITABLE, 2)
+    cdef Words path = words_of(keys), columns = words_of(out, PyBUF_WRITABLE, 2)
     cdef const int64_t* table = fill(
-        index, in_flight, keys, prompt_tokens, block_size, candidates, load, columns)
+        index, in_flight, path, prompt_tokens, block_size, candidates, load, columns)
     if values.length() != candidates.length():
         raise ValueError(f"{candidates.length()} candidates need as many scores, got {values.length()}")
+    if type(occupancy) is Occupancy:
+        (<Occupancy> occupancy).hand_over(keys, out, path, columns)
     return c_score_and_pick(score.score, score.ties, score.seed, decision, <const int64_t*> candidates.view.buf,
                             table, candidates.length(), <double*> values.view.buf)
 
@@ -787,10 +799,14 @@ cdef class Occupancy:
     """Load in flight by prefix class; the twin is OccupancyPy, the checks are FailureDetector's."""
 
     cdef unique_ptr[COccupancy] core
-    cdef Words examined_keys, examined_table  # held, so that no other arrays get their addresses
+    cdef dict slots  # by request
+    # what was looked at last: held, so that no other arrays get its addresses
+    cdef object keys, table
+    cdef Words path, columns
 
-    def __cinit__(self, double confidence):
-        self.core.reset(new COccupancy(confidence))
+    def __cinit__(self, double confidence, double horizon):
+        self.core.reset(new COccupancy(confidence, horizon))
+        self.slots = {}
 
     @property
     def load(self):
@@ -802,38 +818,63 @@ cdef class Occupancy:
         return self.core.get().nodes()
 
     def examine(self, keys, table, size_t loads):
-        """Return depth, hash, load and holders of the class in alarm on this path, depth 0 for none."""
-        cdef Words path = words_of(keys), columns = words_of(table, PyBUF_SIMPLE, 2)
-        cdef size_t n = <size_t> columns.view.shape[1]
-        cdef const int64_t* values = <const int64_t*> columns.view.buf
-        cdef CClassFound found
-        self.check(columns, loads)
-        self.examined_keys, self.examined_table = path, columns
-        found = self.core.get().examine(
-            <const uint64_t*> path.view.buf, path.length(), values, values + loads * n, n)
-        return None if found.depth == 0 else (found.depth, found.hash, found.load, found.holders)
+        """Return depth, hash, load and holders of the class of which a copy is wanted, None without one."""
+        cdef CCandidates candidates = self.look_at(keys, table, loads)
+        return found_or_none(self.core.get().examine(
+            <const uint64_t*> self.path.view.buf, self.path.length(), candidates))
 
-    def dispatch(self, keys, table, size_t loads, double weight):
-        """Count a request in; return its slot, what examine finds and the classes that left alarm."""
-        cdef Words path = words_of(keys), columns = words_of(table, PyBUF_SIMPLE, 2)
-        cdef size_t n = <size_t> columns.view.shape[1]
-        cdef const int64_t* values = <const int64_t*> columns.view.buf
+    def dispatch(self, request_id, keys, table, size_t loads, double weight, size_t chosen):
+        """Count a request in for a candidate; return what examine finds and the classes that left alarm, None for neither."""
+        cdef CCandidates candidates
         cdef CClassFound found
-        cdef vector[uint64_t] released
-        cdef size_t slot
-        self.check(columns, loads)
-        slot = self.core.get().dispatch(
-            <const uint64_t*> path.view.buf, path.length(), values, values + loads * n, n, weight, found, released)
-        return (slot, None if found.depth == 0 else (found.depth, found.hash, found.load, found.holders),
-                released if released.size() > 0 else ())
+        cdef vector[uint64_t] ended
+        if request_id in self.slots:
+            raise DuplicateRequest(f"request {request_id!r} is in flight already")
+        candidates = self.look_at(keys, table, loads)
+        if chosen >= candidates.n:
+            raise ValueError(f"one of {candidates.n} candidates expected, got {chosen}")
+        self.slots[request_id] = self.core.get().dispatch(
+            <const uint64_t*> self.path.view.buf, self.path.length(), candidates, chosen, weight, found, ended)
+        if found.depth == 0 and ended.size() == 0:
+            return None
+        return found_or_none(found), ended
 
-    cdef int check(self, Words columns, size_t loads) except -1:
-        if columns.length() != kColumns or loads >= kColumns:
-            raise ValueError(f"{kColumns} columns expected, got {columns.length()} and loads in {loads}")
+    cdef int hand_over(self, object keys, object table, Words path, Words columns) except -1:
+        """Take the buffers of a decision, to look at it next."""
+        self.core.get().forget()
+        self.keys, self.table, self.path, self.columns = keys, table, path, columns
         return 0
 
-    def end(self, size_t slot):
+    cdef CCandidates look_at(self, object keys, object table, size_t loads) except *:
+        cdef CCandidates candidates
+        cdef Words columns
+        if loads >= kColumns:
+            raise ValueError(f"one of {kColumns} columns expected, got {loads}")
+        if keys is not self.keys or table is not self.table:
+            columns = words_of(table, PyBUF_SIMPLE, 2)
+            if columns.length() != kColumns or columns.view.shape[1] < 1:
+                raise ValueError(f"{kColumns} columns of candidates expected, got {columns.length()}")
+            self.path = words_of(keys)
+            self.columns, self.keys, self.table = columns, keys, table
+        candidates.table = <const int64_t*> self.columns.view.buf
+        candidates.loads, candidates.n = loads, <size_t> self.columns.view.shape[1]
+        return candidates
+
+    def first_token(self, request_id):
+        """Count a copy of a prefix as made, if the request was sent for one."""
+        slot = self.slots.get(request_id)
+        if slot is not None:
+            self.core.get().first_token(slot)
+
+    def end(self, request_id):
         """Count a request out; return the classes in alarm that have nobody in flight any more."""
-        cdef vector[uint64_t] released
-        self.core.get().end(slot, released)
-        return released if released.size() > 0 else ()
+        cdef vector[uint64_t] ended
+        slot = self.slots.pop(request_id, None)
+        if slot is None:
+            return ()
+        self.core.get().end(slot, ended)
+        return ended if ended.size() > 0 else ()
+
+
+cdef object found_or_none(const CClassFound& found):
+    return None if found.depth == 0 else (found.depth, found.hash, found.load, found.holders)

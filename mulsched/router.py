@@ -144,6 +144,7 @@ class Router:
         if detector is not None and not isinstance(detector, FailureDetector):
             raise InvalidType(f"detector must be a FailureDetector or None, got {detector!r}")
         self._detector = detector if detector is not None else self._policy.detector
+        self._occupancy = None if self._detector is None else self._detector.occupancy
         self._index = PrefixIndex()
         self._in_flight = PrefixesInFlight() if in_flight == "cached" else None
         self._load = LoadTable()
@@ -433,7 +434,7 @@ class Router:
             scores = np.empty(len(columns.instances))
             position = select_fused(
                 index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
-                columns.table, scores, self._fused, self._decision,
+                columns.table, scores, self._fused, self._decision, self._occupancy,
             )  # fmt: skip
             if position >= 0:
                 columns.table.setflags(write=False)
@@ -478,7 +479,7 @@ class Router:
         if self._in_flight is not None:
             self._in_flight.dispatch(booking)
         if self._detector is not None:  # last: if a callback raises, the request is booked
-            self._detector.dispatch(decision.columns, request_id)
+            self._detector.dispatch(decision.columns, request_id, decision.position)
 
     # -- the life of a request ---------------------------------------------------------------------
 
@@ -491,6 +492,8 @@ class Router:
             booking = self._load.first_token(request_id)
             self._arrive(booking)
             self._predict(booking)
+            if self._detector is not None:
+                self._detector.first_token(request_id)
 
     def finish(self, request_id: Hashable) -> None:
         """Record that a request is done. Without a ``first_token`` before, that is implied.

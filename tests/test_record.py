@@ -78,15 +78,14 @@ def test_a_log_says_what_was_decided_and_when(tmp_path):
 
 
 def test_an_alarm_is_written_in_words(tmp_path):
-    # who has the prefix in flight would count as a holder, and everybody soon has
-    router = Router(detector=FailureDetector(), in_flight="ignore")
+    router = Router(detector=FailureDetector())
     for i in range(4):
         router.add_instance(f"i{i}", cache_blocks=1000)
-    router.route_keys(keys(*range(20)), prompt_tokens=321, request_id="first")
-    router.finish("first")  # one instance holds the prefix
     with Recorder(tmp_path / "log") as recorder:
-        for i in range(40):
-            decision = router.route_keys(keys(*range(20)), prompt_tokens=321, request_id=i)
+        for i in range(40):  # all but the last to one instance
+            decision = router.route_keys(
+                keys(*range(20)), prompt_tokens=321, request_id=i, candidates=["i0"] if i < 39 else None
+            )
             recorder.dispatched(decision, now=float(i))
     assert decision.alarm is not None
     assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["alarm"] == str(decision.alarm)

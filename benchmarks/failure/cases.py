@@ -34,7 +34,17 @@ LOAD_ONLY = ("least_loaded", "vllm")
 DETECTORS = ("lmetric_guarded", "lmetric_paper_detector")
 """Policies that detect a herd, as they are given to ``mulsched replay``; the first is ours."""
 OTHERS = ("least_p_tokens", "linear:weight=0.3", "linear:weight=0.7")
-POLICIES = (REFERENCE, *LOAD_ONLY, *DETECTORS, *OTHERS)
+MITIGATIONS = ("lmetric_guarded:mitigation=exclude", "lmetric_guarded:mitigation=load_only")
+CONSTANTS = (
+    "lmetric_guarded:confidence=0.3",
+    "lmetric_guarded:confidence=1",
+    "lmetric_guarded:confidence=10",
+    "lmetric_guarded:horizon=0.6",
+    "lmetric_guarded:horizon=6",
+)
+"""Ours with other constants, a decade of each."""
+VARIANTS = (*MITIGATIONS, *CONSTANTS)
+POLICIES = (REFERENCE, *LOAD_ONLY, *DETECTORS, *OTHERS, *VARIANTS)
 
 TWINS = (1, 2)
 """Seeds of LMetric's own repeats, with random ties: what these move is noise."""
@@ -146,6 +156,8 @@ def runs(case: Case, policies: Sequence[str] = POLICIES) -> list[Run]:
     for seed in SEEDS:
         for spec in dict.fromkeys(policies):
             parse_spec(spec)
+            if case.part == "ties" and spec in VARIANTS:
+                continue
             if case.part == "ties":
                 rules = TIE_RULES if spec == REFERENCE else (None,)
                 found += [Run(spec, seed, ties, state_delay_s=d) for ties in rules for d in DELAYS_S]

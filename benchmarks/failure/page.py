@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from failure.cases import CASES, DETECTORS, REFERENCE
+from failure.cases import CASES, CONSTANTS, DETECTORS, LOAD_ONLY, MITIGATIONS, REFERENCE
 from failure.measures import JUDGED
 from failure.tables import ALLOWED, Table, label, read
 
@@ -70,6 +70,9 @@ def write(tables: Sequence[Table], texts: dict[str, str]) -> str:
         ("Does LMetric lose?", texts["Losses"] + "\n\n" + losses(hot) + "\n\n" + drawn),
         ("Within 5 %?", texts["Verdicts"] + "\n\n" + verdicts(hot)),
         ("Where nothing is", texts["Frontier"] + "\n\n" + frontier(hot)),
+        ("After the burst", texts["Recovery"] + "\n\n" + recoveries(hot)),
+        ("Mitigations", texts["Mitigations"] + "\n\n" + variants(hot, MITIGATIONS)),
+        ("Constants", texts["Constants"] + "\n\n" + variants([*hot, *by_part["calm"]], CONSTANTS)),
         ("No burst", texts["Calm"] + "\n\n" + losses(by_part["calm"])),
         ("Ties, zeros, late state", texts["Ties"] + "\n\n" + ties(by_part["ties"])),
         ("All figures", texts["Tables"] + "\n\n" + "\n\n".join(full(t) for t in cells if t.part != "ties")),
@@ -164,6 +167,46 @@ def frontier(cells: Sequence[Table]) -> str:
             gaps = (percent(table.behind(spec, figure)) for figure in JUDGED)
             rows.append([table.name, f"`{label(spec)}`", *gaps])
     return markdown(["cell", "policy", *JUDGED_NAMES], rows)
+
+
+def recoveries(cells: Sequence[Table]) -> str:
+    """Return a row for each cell with a burst: each policy's recovery of TTFT and of the fullest batch."""
+    shown = [REFERENCE, *LOAD_ONLY, *DETECTORS]
+    rows = [
+        [
+            table.name,
+            *(
+                " / ".join(
+                    _mean(table, spec, figure, 1.0) for figure in ("ttft_recovery_s", "batch_recovery_s")
+                )
+                for spec in shown
+            ),
+        ]
+        for table in cells
+        if table.body["window"]
+    ]
+    return markdown(["cell", *(f"`{label(spec)}`" for spec in shown)], rows)
+
+
+def variants(cells: Sequence[Table], specs: Sequence[str]) -> str:
+    """Return a row for each cell, and one for all: ours as it is, and other ones, relative to LMetric."""
+    shown = [DETECTORS[0], *specs]
+    rows = [
+        [
+            table.name,
+            *(" / ".join(f"{100 * (table.ratio(s, f) - 1):+.0f}" for f in JUDGED) for s in shown),
+        ]
+        for table in cells
+    ]
+    for name, counted in (
+        ("within 5 %", lambda table, spec: table.verdict(spec) == "yes"),
+        ("or noise", lambda table, spec: table.verdict(spec) != "no"),
+        ("mean TTFT at most +5 %", lambda table, spec: table.ratio(spec, JUDGED[0]) <= 1 + ALLOWED),
+    ):
+        rows.append([name, *(f"{sum(counted(table, spec) for table in cells)}" for spec in shown)])
+    means = [math.fsum(math.log(table.objective(spec)) for table in cells) / len(cells) for spec in shown]
+    rows.append(["mean of all", *(percent(math.exp(mean) - 1) for mean in means)])
+    return markdown([f"of {len(cells)} cells", *(f"`{label(spec)}`" for spec in shown)], rows)
 
 
 def ties(cells: Sequence[Table]) -> str:

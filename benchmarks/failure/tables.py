@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from failure.cases import LOAD_ONLY, REFERENCE
+from failure.cases import LOAD_ONLY, REFERENCE, VARIANTS
 from failure.measures import JUDGED
 from mulsched.policies import parse_spec
 from mulsched.replay.confidence import student_t
@@ -44,8 +44,9 @@ class Table:
 
     @cached_property
     def policies(self) -> list[str]:
-        """The policies that were replayed, LMetric first, as in the file otherwise."""
-        return list(dict.fromkeys([REFERENCE, *(row["spec"] for row in self.rows)]))
+        """The policies that were replayed, LMetric first, as in the file otherwise; no variants of ours."""
+        specs = dict.fromkeys([REFERENCE, *(row["spec"] for row in self.rows)])
+        return [spec for spec in specs if spec not in VARIANTS]
 
     def runs(self, spec: str) -> list[Row]:
         """A policy's own runs by seed, without LMetric's repeats."""

@@ -8,18 +8,28 @@ __all__ = ["lmetric_guarded", "lmetric_paper_detector"]
 
 
 def lmetric_guarded(
-    *, mitigation: Mitigation = "spread", weight: str = "tokens", confidence: float = 3.0
+    *,
+    mitigation: Mitigation = "spread",
+    weight: str = "tokens",
+    confidence: float = 3.0,
+    horizon: float = 2.0,
 ) -> Policy:
-    """LMetric, and for classes of requests that overload the holders of their prefix a mask.
+    """LMetric, and where a class of requests overloads the holders of its prefix, one copy more at a time.
 
-    What it does: LMetric; a request whose prefix has more of the load in flight than its holders have of
-    the instances does not go to a holder with more requests than the mean, so that others become holders.
+    What it does: LMetric; where a prefix has more of the load in flight than its holders have of the
+    instances, and a copy pays for the requests in flight, a request does not go to a holder with more
+    requests than the mean, so that another becomes one.
     Intent: affinity, balance; growth of a hot prefix where affinity alone would herd.
     Inputs: LMetric's; the prompts in flight.
     Parameters: those of :class:`~mulsched.failure.FailureDetector`.
     Known losses: docs/failure.md.
     """
-    detector = FailureDetector(mitigation=mitigation, weight=weight, confidence=confidence)  # type: ignore[arg-type]
+    detector = FailureDetector(
+        mitigation=mitigation,
+        weight=weight,  # type: ignore[arg-type]
+        confidence=confidence,
+        horizon=horizon,
+    )
     return Policy(
         name="lmetric_guarded",
         score=Multiplicative("p_tokens", "batch_size"),

@@ -92,6 +92,9 @@ cdef extern from "replay.hpp" namespace "mulsched" nogil:
     enum class Divisor "mulsched::Divisor":
         kNone, kMax, kPrompt
 
+    enum class Mitigation "mulsched::Mitigation":
+        kSpread, kExclude, kLoadOnly
+
     cdef cppclass CFusedScore "mulsched::FusedScore":
         vector[size_t] columns
         vector[double] weights
@@ -126,7 +129,7 @@ cdef extern from "replay.hpp" namespace "mulsched" nogil:
     cdef cppclass CPool "mulsched::Pool":
         CFusedScore score
         Ties ties
-        cbool tell_ends
+        cbool tells
         vector[int64_t] table, rows
         int64_t decisions
 
@@ -134,6 +137,8 @@ cdef extern from "replay.hpp" namespace "mulsched" nogil:
         CReplay(const CTraceView&, const COptions&, const CLimits&, const CStepTime&, const CRecords&,
                 CHost&) except +
         deque[CPool]& pools()
+        void guard(size_t, double, double, Mitigation, cbool) except +
+        int64_t alarms(size_t)
         int64_t orphans()
         int64_t lost_messages()
         int64_t preemptions()
@@ -148,25 +153,26 @@ cdef extern from *:
     using Choose = std::int64_t (*)(void*, std::size_t, std::int64_t, double, const std::uint64_t*, std::size_t,
                                     const mulsched::Pool&);
     using GoOn = bool (*)(void*, std::int64_t);
-    using Ended = void (*)(void*, std::size_t, std::int64_t);
+    using Told = void (*)(void*, std::size_t, std::int64_t);
     using CallStepTime = double (*)(void*, const mulsched::StepLoad&);
 
     class PythonHost final : public mulsched::ReplayHost {
      public:
-      PythonHost(void* host, Choose choose, GoOn go_on, Ended ended)
-          : host_(host), choose_(choose), go_on_(go_on), ended_(ended) {}
+      PythonHost(void* host, Choose choose, GoOn go_on, Told first_token, Told ended)
+          : host_(host), choose_(choose), go_on_(go_on), first_token_(first_token), ended_(ended) {}
       std::int64_t choose(std::size_t pool, std::int64_t request, double now, const mulsched::Key* keys,
                           std::size_t n_keys, const mulsched::Pool& state) override {
         return choose_(host_, pool, request, now, keys, n_keys, state);
       }
       bool go_on(std::int64_t finished) override { return go_on_(host_, finished); }
+      void first_token(std::size_t pool, std::int64_t request) override { first_token_(host_, pool, request); }
       void ended(std::size_t pool, std::int64_t request) override { ended_(host_, pool, request); }
 
      private:
       void* host_;
       Choose choose_;
       GoOn go_on_;
-      Ended ended_;
+      Told first_token_, ended_;
     };
 
     // Any callable; an error it raises is kept by the host and stops the replay at the next arrival.
@@ -184,7 +190,8 @@ cdef extern from *:
     """
     cdef cppclass CHost "PythonHost":
         CHost(void*, int64_t (*)(void*, size_t, int64_t, double, const uint64_t*, size_t, const CPool&) noexcept,
-              cbool (*)(void*, int64_t) noexcept, void (*)(void*, size_t, int64_t) noexcept) except +
+              cbool (*)(void*, int64_t) noexcept, void (*)(void*, size_t, int64_t) noexcept,
+              void (*)(void*, size_t, int64_t) noexcept) except +
 
     cdef cppclass CPythonStepTime "PythonStepTime"(CStepTime):
         CPythonStepTime(void*, double (*)(void*, const CStepLoad&) noexcept) except +
@@ -325,10 +332,10 @@ cdef class Host:
         )
         judged = None if policy.detector is None else policy.detector.judge(columns)
         position, _ = select(policy, columns, self.options.ties[p], keep=None if judged is None else judged[0])
-        if policy.detector is not None:
-            policy.detector.dispatch(columns, request)
         if policy.on_dispatch is not None:
             policy.on_dispatch(columns, position)
+        if policy.detector is not None:
+            policy.detector.dispatch(columns, request, position)
         return position
 
 
@@ -356,6 +363,16 @@ cdef cbool go_on(void* host, int64_t finished) noexcept with gil:
     except BaseException as error:
         self.error = error
         return False
+
+
+cdef void first_token(void* host, size_t p, int64_t request) noexcept with gil:
+    self = <Host> host
+    if self.error is not None:
+        return
+    try:
+        self.options.policies[p].detector.first_token(request)
+    except BaseException as error:
+        self.error = error
 
 
 cdef void ended(void* host, size_t p, int64_t request) noexcept with gil:
@@ -489,27 +506,39 @@ def run_replay(trace, options, records, progress):
     plain.predicted, plain.seed = options.predicted, options.seed % 2**64
     plain.state_delay_s, plain.event_loss_ratio = options.state_delay_s, options.event_loss_ratio
     plain.transfer_s_per_token = options.transfer_s_per_token
-    asked.reset(new CHost(<void*> host, choose, go_on, ended))
+    asked.reset(new CHost(<void*> host, choose, go_on, first_token, ended))
     step_time.reset(step_time_of(options.profile.step_time, host))
     replay.reset(new CReplay(bound.trace, plain, limits_of(options.profile.limits(options.kv_blocks)),
                              dereference(step_time), bound.records, dereference(asked)))
+    guards = {}
     for p in range(replay.get().pools().size()):
-        policy, ties = options.policies[p], options.ties[p]
+        policy, ties, guarded = options.policies[p], options.ties[p], None
         replay.get().pools()[p].ties = {
             "least_recent": Ties.kLeastRecent, "random": Ties.kRandom, "first": Ties.kFirst}[ties]
-        replay.get().pools()[p].tell_ends = policy.detector is not None
-        asks = policy.filters or policy.on_dispatch is not None or policy.detector is not None
+        replay.get().pools()[p].tells = policy.detector is not None
+        if policy.detector is not None and policy.on_dispatch is None and not policy.filters:
+            guarded = policy.detector.native_form()
+        asks = policy.filters or policy.on_dispatch is not None or (policy.detector is not None and guarded is None)
         form = None if asks else native_form(policy.score)
-        if form is not None:
-            replay.get().pools()[p].score.columns = form[0]
-            replay.get().pools()[p].score.weights = form[1]
-            for divisor in form[2]:
-                replay.get().pools()[p].score.divisors.push_back(
-                    {None: Divisor.kNone, "max": Divisor.kMax, "prompt": Divisor.kPrompt}[divisor])
+        if form is None:
+            continue
+        replay.get().pools()[p].score.columns = form[0]
+        replay.get().pools()[p].score.weights = form[1]
+        for divisor in form[2]:
+            replay.get().pools()[p].score.divisors.push_back(
+                {None: Divisor.kNone, "max": Divisor.kMax, "prompt": Divisor.kPrompt}[divisor])
+        if guarded is not None:
+            confidence, horizon, mitigation, by_tokens = guarded
+            replay.get().guard(p, confidence, horizon, {
+                "spread": Mitigation.kSpread, "exclude": Mitigation.kExclude,
+                "load_only": Mitigation.kLoadOnly}[mitigation], by_tokens)
+            guards[p] = policy.detector
     with nogil:
         done = replay.get().run()
     if not done:
         raise host.error
+    for p, detector in guards.items():
+        detector.count_alarms(replay.get().alarms(p))
     counts = Counts()
     counts.preemptions = replay.get().preemptions()
     counts.lost_messages, counts.orphans = replay.get().lost_messages(), replay.get().orphans()

@@ -1,6 +1,7 @@
 """The native replay against its twin, which drives the production Router: equal to the last bit."""
 
 from dataclasses import fields, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from mulsched import policies
 from mulsched.errors import NonFiniteScore
+from mulsched.failure import Mitigation
 from mulsched.policies import Policy
 from mulsched.replay import Disaggregation, Profile, Roofline, Trace, builtin_profile, replay, simulator
 from mulsched.replay._replay_py import run_replay as run_python
@@ -107,6 +109,36 @@ def test_the_twins_agree_on_every_request(
     }
     first, *others = twins(trace_of(drawn), policy, **options)
     assert others in ([], [first])
+
+
+@pytest.mark.parametrize("mitigation", get_args(Mitigation))
+@pytest.mark.parametrize("weight", ["tokens", "requests"])
+def test_the_twins_agree_while_a_class_is_in_alarm(mitigation, weight):
+    rng = np.random.default_rng(3)
+    drawn = [  # a prefix that most ask for, with room to herd
+        (
+            rng.random() / 400,
+            [1, 1, 1, 1, *rng.integers(0, 2, 2).tolist()] if i % 4 else [0],
+            1,
+            20,
+            -1,
+            False,
+        )
+        for i in range(200)
+    ]
+    raised, results = [], []
+    for options in ({}, {"in_flight": "cached", "cache_source": "predicted"}, {"state_delay_s": 0.01}):
+        for backend in BACKENDS:
+            policy = policies.get("lmetric_guarded", mitigation=mitigation, weight=weight, confidence=0.5)
+            with pytest.MonkeyPatch.context() as patch:
+                if backend == "python":
+                    patch.setattr(simulator, "run_replay", run_python)
+                results.append(
+                    outcome(replay(trace_of(drawn), policy, profile=SMALL, instances=3, **options))
+                )
+            raised.append(policy.detector.alarms_raised)
+    n = len(BACKENDS)
+    assert all(results[i] == results[i - i % n] and raised[i] == raised[i - i % n] > 0 for i in range(3 * n))
 
 
 TABLE = StepTable(
