@@ -18,8 +18,10 @@ sees its own requests only, unless ``shared=True`` lets one actor decide for all
 the interface is alpha.
 """
 
+import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mulsched.adapters._bodies import BodyRouter, End, as_body
@@ -59,6 +61,8 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         """
         options["prefill_tokens_per_s"] = prefill_tokens_per_s
         self._clock = clock
+        self._open: set[str] = set()
+        self._numbers = itertools.count()
         self.bodies = BodyRouter(**options)
         self.shared: RouterActor | None = None
         if shared:
@@ -82,6 +86,25 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         gone = [name for name in known if name not in names]
         if self.shared is not None and gone:
             self.shared.forget(gone)
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """Give a call an id of its own: calls made while one request is served share that request's id.
+
+        Ray's queue keeps one pending call for each id, so it forgets all but the last of those that a
+        deployment makes at once, and they wait for ever.
+        """
+        metadata = pending_request.metadata
+        if not is_retry and metadata.internal_request_id in self._open:
+            own = f"{metadata.internal_request_id}/{next(self._numbers)}"
+            pending_request.metadata = metadata = replace(metadata, internal_request_id=own)
+        self._open.add(metadata.internal_request_id)
+        try:
+            return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        except BaseException:
+            self._open.discard(metadata.internal_request_id)
+            raise
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -124,6 +147,7 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """End a request: it succeeded, failed, or the replica rejected it and Ray will choose again."""
+        self._open.discard(internal_request_id)
         self._end(("finish", internal_request_id, replica_id.to_full_id_str()))
 
     def _end(self, end: End) -> None:

@@ -1,6 +1,7 @@
 """The Ray Serve adapter in a real local Ray. Opt in with ``-m ray``, where ray[serve] is installed."""
 
 import asyncio
+import contextvars
 import os
 import time
 from collections import Counter
@@ -42,6 +43,9 @@ def handle():
         async def release(self):
             self.open.set()
 
+        async def hold(self):
+            self.open.clear()
+
         async def die(self, body):
             os._exit(1)
 
@@ -53,7 +57,9 @@ def handle():
         runtime_env={"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}},
     )
     serve.start(proxy_location="Disabled")
-    yield serve.run(Engine.bind(), name="engines", route_prefix=None)
+    engines = serve.run(Engine.bind(), name="engines", route_prefix=None)
+    engines.remote({}).result(timeout_s=60)  # a handle has a router from its first call on
+    yield engines
     serve.shutdown()
     ray.shutdown()
 
@@ -95,6 +101,29 @@ def test_concurrent_requests_do_not_herd(handle):
     answers = Counter(response.result(timeout_s=60) for response in waiting)
     assert [load["running"] + load["waiting"] for load in loads] == [4] * REPLICAS
     assert sorted(answers.values()) == [4] * REPLICAS
+
+
+def test_calls_made_for_one_request_are_booked_and_answered_each(handle):
+    from ray.serve.context import _set_request_context
+
+    calls = 2 * REPLICAS
+    handle.broadcast("hold").results(timeout_s=60)
+
+    def served():  # as in a deployment that serves a request
+        _set_request_context(_internal_request_id="served")
+        return [handle.wait.remote(chat(f"{i} " * 500)) for i in range(calls)]
+
+    waiting = contextvars.copy_context().run(served)
+    router = router_of(handle)
+    lifecycle = router.bodies.lifecycle
+    until(lambda: len(lifecycle) == calls)
+    loads = [lifecycle.router.load(name) for name in lifecycle.router.instances]
+    handle.broadcast("release").results(timeout_s=60)
+    for response in waiting:
+        response.result(timeout_s=60)
+    assert [load["running"] + load["waiting"] for load in loads] == [2] * REPLICAS
+    until(lambda: not len(lifecycle))
+    assert not router._open
 
 
 def test_a_killed_replica_is_forgotten_and_its_prefixes_go_elsewhere(handle):
