@@ -318,7 +318,7 @@ class PrefixIndex {
       bool anyone = furthest >= reached;
       for (const Holder& holder : node.holders) {
         // start <= out < reached in one comparison; a row that missed an earlier block stays where it stopped
-        if (holder.row < n_out && static_cast<std::uint64_t>(out[holder.row] - start) < matched) {
+        if (holder.row < n_out && static_cast<std::uint64_t>(out[holder.row]) - at < matched) {
           out[holder.row] = reached;
           anyone = true;
         }
@@ -425,7 +425,7 @@ class PrefixIndex {
       ++known;
       if (tree_.drop_name(row, block)) dropped.push_back(block);
     }
-    drop_blocks(row, dropped);
+    drop_blocks(row, std::move(dropped));
     tree_.settle();
     return known;
   }

@@ -231,7 +231,7 @@ class Replay {
     }
     std::int64_t chosen = kNotFinite;
     if (!pool.score.columns.empty())
-      chosen = score_and_pick(pool.score, pool.ties, options_.seed, pool.decisions, pool.rows.data(),
+      chosen = score_and_pick(pool.score, pool.ties, options_.seed, pool.decisions, prompt, pool.rows.data(),
                               pool.table.data(), pool.rows.size(), pool.scores.data());
     if (pool.guard != nullptr && chosen >= 0) chosen = guarded(pool, i, blocks.n_prompt, chosen);
     if (chosen < 0) chosen = ask(p, i, blocks.n_prompt, now);

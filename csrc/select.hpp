@@ -146,7 +146,8 @@ inline constexpr std::ptrdiff_t kNotFinite = -1;
 inline constexpr std::uint64_t kTieSalt = 0x74696573;  // "ties", as in mulsched/policies/_policy.py
 
 // By column. Over infinity all is 0: where the largest is 0, it normalises to that.
-inline std::array<double, kColumns> divisors(const FusedScore& score, const std::int64_t* table, std::size_t n) noexcept {
+inline std::array<double, kColumns> divisors(const FusedScore& score, std::int64_t prompt_tokens,
+                                             const std::int64_t* table, std::size_t n) noexcept {
   std::array<double, kColumns> values;
   values.fill(1.0);
   for (std::size_t k = 0; k < score.weights.size(); ++k) {
@@ -155,7 +156,7 @@ inline std::array<double, kColumns> divisors(const FusedScore& score, const std:
       const std::int64_t largest = *std::max_element(table + column * n, table + (column + 1) * n);
       values[column] = largest > 0 ? static_cast<double>(largest) : std::numeric_limits<double>::infinity();
     } else if (score.divisors[k] == Divisor::kPrompt) {
-      values[column] = static_cast<double>(table[kHitTokens * n] + table[kNewPrefillTokens * n]);
+      values[column] = static_cast<double>(prompt_tokens);
     }
   }
   return values;
@@ -165,8 +166,8 @@ inline std::array<double, kColumns> divisors(const FusedScore& score, const std:
 // Equal scores go to the first candidate, or else to the smallest batch and then to the least recently
 // chosen or the smallest draw.
 inline std::ptrdiff_t score_and_pick(const FusedScore& score, Ties ties, std::uint64_t seed, std::int64_t decision,
-                                     const std::int64_t* rows, const std::int64_t* table, std::size_t n,
-                                     double* scores) noexcept {
+                                     std::int64_t prompt_tokens, const std::int64_t* rows, const std::int64_t* table,
+                                     std::size_t n, double* scores) noexcept {
   const std::int64_t* batch = table + kBatchSize * n;
   const std::int64_t* last_chosen = table + kLastChosen * n;
   const auto before = [&](std::size_t a, std::size_t b) {
@@ -174,7 +175,7 @@ inline std::ptrdiff_t score_and_pick(const FusedScore& score, Ties ties, std::ui
     if (ties == Ties::kLeastRecent) return last_chosen[a] < last_chosen[b];
     return uniform(seed ^ kTieSalt, decision, rows[a]) < uniform(seed ^ kTieSalt, decision, rows[b]);
   };
-  const std::array<double, kColumns> divisor = divisors(score, table, n);
+  const std::array<double, kColumns> divisor = divisors(score, prompt_tokens, table, n);
   std::size_t best = 0;
   for (std::size_t i = 0; i < n; ++i) {
     double value;

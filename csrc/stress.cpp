@@ -1,6 +1,8 @@
 // Stress test of the native core without Python: random operations against sets of prefixes, readers beside
 // a writer, broken messages, and allocations that fail. Built by CI with -fsanitize=address,undefined and with -fsanitize=thread.
+#include <array>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -50,6 +52,22 @@ struct Model {
     for (const auto& [hash, copies] : names) all.insert(copies.begin(), copies.end());
     return all;
   }
+  // How far the path goes on from its first `from` blocks over blocks that are held.
+  std::int64_t reach(const Path& path, std::int64_t from) const {
+    const std::set<Path> all = held();
+    while (from < static_cast<std::int64_t>(path.size()) && all.count(Path(path.begin(), path.begin() + from + 1)) > 0)
+      ++from;
+    return from;
+  }
+  // Names blocks after `prefix`.
+  void name(Path prefix, const std::vector<std::uint64_t>& hashes, const Path& path) {
+    for (std::size_t i = 0; i < path.size(); ++i) {
+      prefix.push_back(path[i]);
+      std::vector<Path>& copies = names[hashes[i]];
+      if (!copies.empty() && copies.front() != prefix) copies.clear();
+      copies.push_back(prefix);
+    }
+  }
   void drop(const Path& path) { order.erase(std::remove(order.begin(), order.end(), path), order.end()); }
   void store(const Path& path) {
     for (std::size_t n = path.size(); n > 0; --n) {
@@ -67,17 +85,22 @@ Path random_path(std::mt19937_64& rng, std::size_t longest) {
   return path;
 }
 
-void compare(const PrefixIndex& index, const std::vector<Model>& models, const Path& path) {
-  std::vector<std::int64_t> matched(models.size());
+void compare(const PrefixIndex& index, const std::vector<Model>& models, const Path& path,
+             const std::vector<std::int64_t>& from) {
+  std::vector<std::int64_t> matched(models.size()), reached = from;
   index.match(path.data(), path.size(), matched.data(), matched.size());
+  index.match_from(path.data(), path.size(), reached.data(), reached.size());
   std::set<Path> anywhere;
   for (std::size_t row = 0; row < models.size(); ++row) {
     const std::set<Path> held = models[row].held();
     anywhere.insert(held.begin(), held.end());
-    std::int64_t expected = 0;
-    for (std::size_t n = 1; n <= path.size(); ++n, ++expected)
-      if (held.count(Path(path.begin(), path.begin() + static_cast<std::ptrdiff_t>(n))) == 0) break;
-    require(matched[row] == expected, "match differs from the model");
+    require(matched[row] == models[row].reach(path, 0), "match differs from the model");
+    require(reached[row] == models[row].reach(path, from[row]), "match from a block differs from the model");
+    for (std::uint64_t hash = 0; hash < 12; ++hash) {
+      const auto named = models[row].names.find(hash);
+      const Path expected = named == models[row].names.end() ? Path() : named->second.front();
+      require(index.path(static_cast<mulsched::Row>(row), hash) == expected, "path differs from the model");
+    }
     require(index.blocks(static_cast<mulsched::Row>(row)) == static_cast<std::int64_t>(held.size()),
             "block count differs from the model");
   }
@@ -115,6 +138,15 @@ void against_model(std::uint64_t seed, int steps) {
         if (model.named) {
           std::vector<std::uint64_t> hashes(path.size());
           for (std::uint64_t& hash : hashes) hash = rng() % 12;
+          if (rng() % 3 == 0) {
+            const Path after = random_path(rng, 5);
+            const auto before = static_cast<std::int64_t>(model.held().size());
+            const std::int64_t newly = index.store_named_after(row, after.data(), after.size(), hashes.data(),
+                                                               path.data(), path.size());
+            model.name(after, hashes, path);
+            require(newly >= static_cast<std::int64_t>(model.held().size()) - before, "blocks stored after a path");
+            break;
+          }
           const std::uint64_t parent = rng() % 12;
           const bool has_parent = rng() % 2 == 0;
           const auto found = model.names.find(parent);
@@ -124,13 +156,7 @@ void against_model(std::uint64_t seed, int steps) {
           require((stored == PrefixIndex::kUnknownParent) == (has_parent && found == model.names.end()),
                   "parent");
           if (stored == PrefixIndex::kUnknownParent) break;
-          Path prefix = has_parent ? found->second.front() : Path();
-          for (std::size_t i = 0; i < path.size(); ++i) {
-            prefix.push_back(path[i]);
-            std::vector<Path>& copies = model.names[hashes[i]];
-            if (!copies.empty() && copies.front() != prefix) copies.clear();
-            copies.push_back(prefix);
-          }
+          model.name(has_parent ? found->second.front() : Path(), hashes, path);
         } else {
           index.store(row, path.data(), path.size());
           model.store(path);
@@ -171,19 +197,87 @@ void against_model(std::uint64_t seed, int steps) {
         model.order.clear();
         model.names.clear();
     }
-    compare(index, models, random_path(rng, 8));
+    std::vector<std::int64_t> from(models.size());
+    for (std::int64_t& blocks : from) blocks = static_cast<std::int64_t>(rng() % 10);
+    compare(index, models, random_path(rng, 8), from);
   }
   for (std::size_t row = 0; row < models.size(); ++row) index.remove_row(static_cast<mulsched::Row>(row));
   require(index.nodes() == 0 && index.unique_blocks() == 0, "an empty index has nodes");
 }
 
+// Random tiers, and what they cost counted row by row.
+void tiers_against_model(std::uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  std::array<PrefixIndex, 2> indexes;
+  std::array<std::vector<Model>, 2> models;
+  const std::vector<mulsched::Tier> tiers{{&indexes[0], 0.25}, {&indexes[1], 0.5}};
+  for (std::size_t tier = 0; tier < tiers.size(); ++tier) {
+    models[tier].resize(6);
+    for (mulsched::Row row = 0; row < 6; ++row) indexes[tier].add_row(row, -1, true);
+    for (int stores = 0; stores < 20; ++stores) {
+      const std::size_t row = rng() % 6;
+      const Path after = random_path(rng, 4), path = random_path(rng, 4);
+      std::vector<std::uint64_t> hashes(path.size());
+      for (std::uint64_t& hash : hashes) hash = rng() % 30;
+      indexes[tier].store_named_after(static_cast<mulsched::Row>(row), after.data(), after.size(), hashes.data(),
+                                      path.data(), path.size());
+      models[tier][row].name(after, hashes, path);
+    }
+  }
+  const Path prompt = random_path(rng, 8);
+  const auto block_size = static_cast<std::int64_t>(1 + rng() % 4);
+  const std::int64_t prompt_tokens = static_cast<std::int64_t>(prompt.size()) * block_size + (prompt.empty() ? 1 : 0);
+  const std::int64_t most = (prompt_tokens - 1) / block_size * block_size;
+  std::vector<std::int64_t> rows;
+  for (std::int64_t row = 0; row < 6; ++row)
+    if (rng() % 2 == 0 || row == 5) rows.push_back(row);
+  const std::size_t n = rows.size();
+  std::vector<std::int64_t> table(mulsched::kColumns * n);
+  const auto column = [&](mulsched::Column c) { return table.data() + c * n; };
+  for (std::size_t i = 0; i < n; ++i) {
+    column(mulsched::kMatchedBlocks)[i] = static_cast<std::int64_t>(rng() % (prompt.size() + 1));
+    column(mulsched::kHitTokens)[i] = std::min(column(mulsched::kMatchedBlocks)[i] * block_size, most);
+    column(mulsched::kQueuedPrefillTokens)[i] = static_cast<std::int64_t>(rng() % 100);
+    column(mulsched::kRunning)[i] = static_cast<std::int64_t>(rng() % 3);
+  }
+  mulsched::charge_tiers(tiers, prompt.data(), prompt.size(), prompt_tokens, block_size, rows.data(), n, table.data());
+  const mulsched::FusedScore sum{
+      {mulsched::kNewPrefillTokens, mulsched::kRunning}, {0.7, 0.3}, {mulsched::Divisor::kPrompt, mulsched::Divisor::kMax}};
+  std::vector<double> scores(n);
+  const std::ptrdiff_t best = mulsched::score_and_pick(sum, mulsched::Ties::kFirst, 0, 0, prompt_tokens, rows.data(),
+                                                       table.data(), n, scores.data());
+  require(best == std::min_element(scores.begin(), scores.end()) - scores.begin(), "the pick is not the smallest");
+  const std::int64_t most_running = *std::max_element(column(mulsched::kRunning), column(mulsched::kRunning) + n);
+  for (std::size_t i = 0; i < n; ++i) {
+    std::int64_t reached = column(mulsched::kMatchedBlocks)[i], end = column(mulsched::kHitTokens)[i];
+    double cost = 0;
+    for (std::size_t tier = 0; tier < tiers.size(); ++tier) {
+      reached = models[tier][static_cast<std::size_t>(rows[i])].reach(prompt, reached);
+      cost += tiers[tier].cost_ratio * static_cast<double>(std::min(reached * block_size, most) - end);
+      end = std::min(reached * block_size, most);
+    }
+    const std::int64_t work = prompt_tokens - end + static_cast<std::int64_t>(std::ceil(cost));
+    require(column(mulsched::kLowerTierTokens)[i] == end - column(mulsched::kHitTokens)[i], "tokens of lower tiers");
+    require(column(mulsched::kNewPrefillTokens)[i] == work, "new tokens beside lower tiers");
+    require(column(mulsched::kPTokens)[i] == column(mulsched::kQueuedPrefillTokens)[i] + work, "p-tokens");
+    const double busy = most_running == 0 ? 0 : static_cast<double>(column(mulsched::kRunning)[i]) / static_cast<double>(most_running);
+    const double expected = 0.7 * static_cast<double>(work) / static_cast<double>(prompt_tokens) + 0.3 * busy;
+    require(std::abs(scores[i] - expected) < 1e-12, "a normalised sum differs");
+  }
+}
+
 // Many readers beside a writer; each answer must be one that some state of the index gives.
 void readers_and_a_writer() {
-  PrefixIndex index;
+  PrefixIndex index, lower;  // lower: engine's name of block i is i
   constexpr std::size_t n_rows = 65, n_keys = 200;
   Path path(n_keys);
   for (std::size_t i = 0; i < n_keys; ++i) path[i] = i * 0x9E3779B97F4A7C15;
-  for (mulsched::Row row = 0; row < n_rows; ++row) index.add_row(row, 150, false);
+  std::vector<std::uint64_t> names(n_keys);
+  for (std::size_t i = 0; i < n_keys; ++i) names[i] = i;
+  for (mulsched::Row row = 0; row < n_rows; ++row) {
+    index.add_row(row, 150, false);
+    lower.add_row(row, -1, true);
+  }
   std::atomic<bool> done{false};
   std::vector<std::thread> readers;
   for (int reader = 0; reader < 3; ++reader)
@@ -192,13 +286,24 @@ void readers_and_a_writer() {
       std::vector<std::int64_t> rows(n_rows), table(mulsched::kColumns * n_rows);
       std::vector<double> scores(n_rows);
       for (std::size_t row = 0; row < n_rows; ++row) rows[row] = static_cast<std::int64_t>(row);
-      const mulsched::FusedScore product{{mulsched::kPTokens, mulsched::kBatchSize}, {}};
+      const mulsched::FusedScore product{{mulsched::kPTokens, mulsched::kBatchSize}, {}, {}};
+      const std::vector<mulsched::Tier> tiers{{&lower, 0.5}};
       while (!done) {
         mulsched::fill_columns(index, nullptr, path.data(), n_keys, 3201, 16, rows.data(), n_rows,
                                {load.data(), n_rows}, table.data());
         for (std::size_t row = 0; row < n_rows; ++row)
           require(table[row] <= 150 && table[mulsched::kNewPrefillTokens * n_rows + row] >= 1, "a torn read");
-        require(mulsched::score_and_pick(product, mulsched::Ties::kRandom, 1, 0, rows.data(), table.data(), n_rows, scores.data()) >= 0, "no pick");
+        mulsched::charge_tiers(tiers, path.data(), n_keys, 3201, 16, rows.data(), n_rows, table.data());
+        for (std::size_t row = 0; row < n_rows; ++row) {
+          const std::int64_t hit = table[mulsched::kHitTokens * n_rows + row];
+          const std::int64_t loaded = table[mulsched::kLowerTierTokens * n_rows + row];
+          require(loaded >= 0 && hit + loaded <= 3200, "a torn read of a tier");
+          const std::uint64_t name = row * 3;
+          const Path up_to = lower.path(static_cast<mulsched::Row>(row), name);
+          require(up_to.empty() || up_to == Path(path.begin(), path.begin() + static_cast<std::ptrdiff_t>(name) + 1), "a torn path");
+        }
+        require(mulsched::score_and_pick(product, mulsched::Ties::kRandom, 1, 0, 3201, rows.data(), table.data(), n_rows,
+                                         scores.data()) >= 0, "no pick");
       }
     });
   std::mt19937_64 rng(7);
@@ -209,17 +314,23 @@ void readers_and_a_writer() {
     } else {
       index.store(row, path.data(), rng() % n_keys);
     }
+    const std::size_t from = rng() % n_keys, count = rng() % (n_keys - from);
+    if (rng() % 4 == 0) {
+      lower.remove_named(row, names.data() + from, count);
+    } else {
+      lower.store_named_after(row, path.data(), from, names.data() + from, path.data() + from, count, false);
+    }
   }
   done = true;
   for (std::thread& reader : readers) reader.join();
-  require(index.check().empty(), "broken after readers and a writer");
+  require(index.check().empty() && lower.check().empty(), "broken after readers and a writer");
 }
 
 // Lets the nth allocation of a change fail, for every n: the index must be whole, or say that it is not and
 // do no harm. Returns how many changes failed.
 int failing_allocations() {
   int failed = 0;
-  for (long n = 0; n < 60; ++n) {
+  for (long n = 0; n < 150; ++n) {
     PrefixIndex index;
     index.add_row(0, -1, true);
     index.add_row(1, 40, false);
@@ -227,10 +338,15 @@ int failing_allocations() {
     for (std::size_t i = 0; i < path.size(); ++i) path[i] = i;
     Path other = path;
     for (std::size_t i = 20; i < path.size(); ++i) other[i] = 100 + i;
+    Path fresh = path;  // names
+    for (Key& name : fresh) name += 1000;
+    const mulsched::KvEvent run[] = {{mulsched::KvKind::kAfterParent, 5, 1020}, {mulsched::KvKind::kRemoved, 10, 0}};
     index.store_named(0, false, 0, path.data(), path.data(), path.size());
     index.store(1, other.data(), other.size());
     allocations_left = n;
     try {
+      index.store_named_after(0, other.data(), 30, fresh.data() + 20, other.data() + 30, 10);
+      index.apply_run(0, run, 2, fresh.data() + 15, path.data(), true);
       index.store_named(0, false, 0, path.data(), path.data(), 10);
       index.store_named(0, true, 9, other.data() + 20, other.data() + 20, 30);
       index.remove_named(0, path.data() + 15, 10);
@@ -304,6 +420,7 @@ int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
   hash_all_lengths();
   for (int round = 0; round < rounds; ++round) against_model(static_cast<std::uint64_t>(round), 400);
+  for (int round = 0; round < 100 * rounds; ++round) tiers_against_model(static_cast<std::uint64_t>(round));
   readers_and_a_writer();
   const std::size_t split = broken_messages(2000 * rounds);
   require(split > 0, "no message is split");

@@ -82,6 +82,7 @@ def charge_tiers(
     out: NDArray[np.int64],
 ) -> None: ...
 def pick(
+    prompt_tokens: int,
     rows: NDArray[np.int64],
     out: NDArray[np.int64],
     scores: NDArray[np.float64],

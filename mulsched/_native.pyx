@@ -147,7 +147,7 @@ cdef extern from "select.hpp" namespace "mulsched" nogil:
         kLeastRecent, kRandom, kFirst
 
     Py_ssize_t c_score_and_pick "mulsched::score_and_pick"(
-        const CFusedScore&, Ties, uint64_t, int64_t, const int64_t*, const int64_t*, size_t,
+        const CFusedScore&, Ties, uint64_t, int64_t, int64_t, const int64_t*, const int64_t*, size_t,
         double*) noexcept
 
 cdef extern from "failure.hpp" namespace "mulsched" nogil:
@@ -754,24 +754,28 @@ def charge_tiers(tiers, keys, int64_t prompt_tokens, int64_t block_size, rows, o
             raise ValueError(f"rows that ascend from 0 expected, got {values[i]} at position {i}")
     if prompt_tokens < 1 or block_size < 1:
         raise ValueError(f"at least one token a prompt and a block expected, got {prompt_tokens}, {block_size}")
+    tiers = tuple(tiers)  # held, so that the indexes live
     for index, tier.cost_ratio in tiers:
         if index is None:
             raise TypeError("an index expected, got None")
+        if not 0 <= tier.cost_ratio <= 1:
+            raise ValueError(f"a cost ratio in 0..1 expected, got {tier.cost_ratio}")
         tier.index = index.index.get()
         asked.push_back(tier)
     c_charge_tiers(asked, <const uint64_t*> path.view.buf, path.length(), prompt_tokens, block_size, values,
                    candidates.length(), <int64_t*> table.view.buf)
 
 
-def pick(rows, out, scores, FusedScore score not None, int64_t decision):
+def pick(int64_t prompt_tokens, rows, out, scores, FusedScore score not None, int64_t decision):
     """Fill ``scores`` from filled ``out``; return the position of the pick, or -1 if one is not finite."""
     cdef Words candidates = words_of(rows), table = words_of(out, PyBUF_SIMPLE, 2)
     cdef Words values = words_of(scores, PyBUF_WRITABLE)
     check_table(candidates, table)
     if values.length() != candidates.length():
         raise ValueError(f"{candidates.length()} candidates need as many scores, got {values.length()}")
-    return c_score_and_pick(score.score, score.ties, score.seed, decision, <const int64_t*> candidates.view.buf,
-                            <const int64_t*> table.view.buf, candidates.length(), <double*> values.view.buf)
+    return c_score_and_pick(score.score, score.ties, score.seed, decision, prompt_tokens,
+                            <const int64_t*> candidates.view.buf, <const int64_t*> table.view.buf,
+                            candidates.length(), <double*> values.view.buf)
 
 
 def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prompt_tokens,
@@ -789,8 +793,9 @@ def select(PrefixIndex index not None, PrefixIndex in_flight, keys, int64_t prom
         raise ValueError(f"{candidates.length()} candidates need as many scores, got {values.length()}")
     if type(occupancy) is Occupancy:
         (<Occupancy> occupancy).hand_over(keys, out, path, columns)
-    return c_score_and_pick(score.score, score.ties, score.seed, decision, <const int64_t*> candidates.view.buf,
-                            table, candidates.length(), <double*> values.view.buf)
+    return c_score_and_pick(score.score, score.ties, score.seed, decision, prompt_tokens,
+                            <const int64_t*> candidates.view.buf, table, candidates.length(),
+                            <double*> values.view.buf)
 
 
 # -- failure detector -----------------------------------------------------------------------------------

@@ -450,7 +450,9 @@ class Router:
         columns.table.setflags(write=False)
         if self._fused is not None and self._tiers is not None:
             scores = np.empty(len(columns.instances))
-            position = pick_fused(columns.rows, columns.table, scores, self._fused, self._decision)
+            position = pick_fused(
+                request.prompt_tokens, columns.rows, columns.table, scores, self._fused, self._decision
+            )
             if position >= 0:
                 return position, scores
         return select_composed(self._policy, columns, self._ties)

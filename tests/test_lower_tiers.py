@@ -10,9 +10,17 @@ from hypothesis import strategies as st
 from mulsched import BlockRemoved, BlockStored, CacheCleared, Multiplicative, Router
 from mulsched.errors import InvalidArgument, InvalidType, UnknownBlock, UnknownInstance
 from mulsched.indicators import COLUMNS
+from mulsched.scorers import Linear
 
 BLOCKS = list(range(10))  # block keys; the engine's names are 100 more
 PROMPT_TOKENS = 42
+SCORES = (
+    Multiplicative(),
+    Linear(
+        {"new_prefill_tokens": 0.7, "running": 0.3},
+        normalise={"new_prefill_tokens": "prompt", "running": "max"},
+    ),
+)
 
 
 def router(tier_cost_ratio=None, instances=("a", "b"), **options):
@@ -327,10 +335,10 @@ def test_at_a_ratio_of_1_a_tier_is_worth_nothing(operations, prompt_tokens):
 
 
 @settings(deadline=None)
-@given(RATIOS, OPERATIONS, st.integers(0, 10_000))
-def test_the_fused_pick_over_tiers_is_that_of_the_score_in_python(ratios, operations, queued):
+@given(st.sampled_from(SCORES), RATIOS, OPERATIONS, st.integers(0, 10_000))
+def test_the_fused_pick_over_tiers_is_that_of_the_score_in_python(score, ratios, operations, queued):
     decisions = []
-    for policy in (Multiplicative(), lambda columns: Multiplicative()(columns)):
+    for policy in (score, lambda columns: score(columns)):
         r = router(ratios, policy=policy, ties="random", seed=3)
         carry_out(r, operations)
         r.report_load("a", queued_prefill_tokens=queued, running=3, waiting=1)

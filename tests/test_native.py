@@ -4,10 +4,23 @@ import numpy as np
 import pytest
 from backends import BACKENDS
 
+from mulsched.indicators import COLUMNS
+
 if "native" in BACKENDS:
     from mulsched import _native
 
     WORDS = np.arange(3, dtype=np.uint64)
+
+    def charge(tiers):
+        table = np.zeros((len(COLUMNS), 1), dtype=np.int64)
+        _native.charge_tiers(tiers, WORDS, 13, 4, np.zeros(1, dtype=np.int64), table)
+        return table[COLUMNS.index("lower_tier_tokens"), 0]
+
+    def a_tier():
+        index = _native.PrefixIndex()
+        index.add_row(0, -1, False)
+        index.store(0, WORDS)
+        return index
 
     @pytest.mark.parametrize(
         "call",
@@ -27,6 +40,8 @@ if "native" in BACKENDS:
             lambda index: _native.FusedScore([1], [1.0, 2.0], [None, None], "first", 0),
             lambda index: _native.FusedScore([1], [1.0], (), "first", 0),
             lambda index: _native.FusedScore([1], [1.0], ["min_max"], "first", 0),
+            lambda index: charge([(index, 1.5)]),
+            lambda index: charge([(index, float("nan"))]),
         ],
     )
     def test_a_call_out_of_bounds_raises_and_changes_nothing(call):
@@ -46,6 +61,9 @@ if "native" in BACKENDS:
         out.flags.writeable = False
         with pytest.raises(ValueError, match="read-only"):
             index.match(WORDS, out)
+
+    def test_tiers_that_nobody_else_holds_live_while_they_are_asked():
+        assert charge((a_tier(), 0.5) for _ in range(3)) == 12
 
     def test_a_fused_score_takes_arrays():
         assert (

@@ -169,7 +169,7 @@ def decode(payload: bytes, instance: str, *, group_idx: int, counts_copies: bool
     for part in parts:
         if len(part) == 2:
             begin, end = part
-            said.add(_read_event(memoryview(payload)[begin:end]))
+            said.add(_read_event(memoryview(payload).cast("B")[begin:end]))
         else:
             said.add_run(*part)
     return said.batch(timestamp, rank)

@@ -333,7 +333,7 @@ EVENTS = PLAIN | STORES | REMOVALS | st.just(cleared()) | ODD
 
 
 def on_the_wire(event, encoding):
-    known = isinstance(event, dict) and event.get("type") in FIELDS
+    known = isinstance(event, dict) and event.get("type") in list(FIELDS)  # the type may be unhashable
     return as_array(event) if encoding == "array" and known else event
 
 
@@ -437,3 +437,10 @@ def test_both_readers_of_integers_agree_on_anything(data, tail, cut):
 @pytest.mark.parametrize("n", [0, 15, 16, 65_535, 65_536])
 def test_arrays_of_every_header_are_read(read, n):
     assert read(msgspec.msgpack.encode(list(range(n)))).tolist() == list(range(n))
+
+
+def test_a_view_of_wider_items_is_read_by_its_bytes():
+    message = batch(stored([1], [1, 2, 3, 4], lora_name="a"), stored([2], [5, 6, 7, 8], 1, cache_salt="abc"))
+    assert len(message) % 2 == 0
+    read, expected = (decode_vllm(m, "a") for m in (memoryview(message).cast("H"), message))
+    assert (len(read.events), read.malformed) == (len(expected.events), expected.malformed) == (2, 0)
