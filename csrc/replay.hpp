@@ -295,8 +295,8 @@ class Replay {
       kept_table_.resize(kColumns * kept_.size());
       for (std::size_t column = 0, at = 0; column < kColumns; ++column)
         for (const std::int64_t row : kept_) kept_table_[at++] = pool.table[column * n + static_cast<std::size_t>(row)];
-      const std::int64_t best = score_and_pick(pool.score, pool.ties, options_.seed, pool.decisions, kept_.data(),
-                                               kept_table_.data(), kept_.size(), pool.scores.data());
+      const std::int64_t best = score_and_pick(pool.score, pool.ties, options_.seed, pool.decisions, trace_.prompt_tokens[i],
+                                               kept_.data(), kept_table_.data(), kept_.size(), pool.scores.data());
       chosen = best < 0 ? best : kept_[static_cast<std::size_t>(best)];
     }
     if (chosen < 0) return chosen;
