@@ -163,12 +163,13 @@ def as_hashes(hashes: Sequence[EngineHash] | NDArray[np.uint64]) -> Keys:
     return np.array([engine_hash(h) for h in hashes], dtype=np.uint64)
 
 
-def _as_capacity(capacity_blocks: Any) -> int:
+def as_capacity(capacity_blocks: Any, name: str = "capacity_blocks") -> int:
+    """Return a number of blocks as an int. Raises InvalidType, InvalidArgument."""
     if isinstance(capacity_blocks, bool) or not isinstance(capacity_blocks, int | np.integer):
-        raise InvalidType(f"capacity_blocks must be an int, got {type(capacity_blocks).__name__}")
+        raise InvalidType(f"{name} must be an int, got {capacity_blocks!r}")
     if not 1 <= capacity_blocks < 2**63:
         wanted = "at least 1" if capacity_blocks < 1 else "below 2**63"
-        raise InvalidArgument(f"capacity_blocks must be {wanted}, got {capacity_blocks}")
+        raise InvalidArgument(f"{name} must be {wanted}, got {capacity_blocks}")
     return int(capacity_blocks)
 
 
@@ -180,7 +181,7 @@ def _capacity(instance: str, capacity_blocks: int | None, engine_hashes: bool) -
             f"instance {instance!r}: capacity_blocks={capacity_blocks} and engine_hashes=True exclude each "
             "other, since the engine's events say what leaves"
         )
-    return _as_capacity(capacity_blocks)
+    return as_capacity(capacity_blocks)
 
 
 def _kind(capacity: int, engine_hashes: bool) -> str:
@@ -272,7 +273,7 @@ class PrefixIndex:
         """Change a bounded instance's capacity and evict down to it. Raises as ``add_instance``."""
         with self._lock:
             row = self._row_of(instance, "bounded")
-            self._tree.resize(row, _as_capacity(capacity_blocks))
+            self._tree.resize(row, as_capacity(capacity_blocks))
 
     def row(self, instance: str) -> int:
         """Return the instance's row: its place in the result of ``match``. Raises UnknownInstance."""

@@ -35,7 +35,7 @@ from mulsched.lower_tiers import LowerTiers, check_cost_ratios
 from mulsched.policies import Policy, Ties
 from mulsched.policies._policy import is_factory
 from mulsched.policies._policy import select as select_composed
-from mulsched.prefix_index import PrefixIndex, as_hashes, as_keys
+from mulsched.prefix_index import PrefixIndex, as_capacity, as_hashes, as_keys
 from mulsched.scorers import Custom, Linear, Multiplicative, native_form
 from mulsched.types import (
     BlockRemoved,
@@ -200,6 +200,8 @@ class Router:
 
         Raises DuplicateInstance, InvalidType, InvalidArgument (cache_blocks below 1).
         """
+        if cache_blocks is not None:
+            cache_blocks = as_capacity(cache_blocks, "cache_blocks")
         with self._lock:
             row = self._index.add_instance(
                 instance, capacity_blocks=cache_blocks, engine_hashes=cache_blocks is None

@@ -211,7 +211,11 @@ class Proxy:
         names = self._fleet.eligible(without=exchange.tried, model=exchange.model)
         if not names:
             if self._fleet.eligible() and not self._fleet.lists(exchange.model):
-                raise Refused(404, "model_not_found", "no engine has this model")
+                raise Refused(
+                    404,
+                    "model_not_found",
+                    f"no engine has the model {exchange.model!r}; GET /v1/models lists those there are",
+                )
             raise Refused(503, "no_engine", "no engine is ready")
         everyone = len(names) == len(self._lifecycle.router.instances)
         # while a failed attempt still counts as load where it was; then it is taken off
