@@ -693,8 +693,16 @@ def test_a_router_refuses_bad_options(options, error, message):
     [
         (lambda r: r.add_instance("a"), DuplicateInstance, "'a' is there already"),
         (lambda r: r.add_instance(7), InvalidType, "instance must be a str, got int"),
-        (lambda r: r.add_instance("x", cache_blocks=0), InvalidArgument, "^cache_blocks must be at least 1, got 0"),
-        (lambda r: r.add_instance("x", cache_blocks=NAN), InvalidType, "^cache_blocks must be an int, got nan"),
+        (
+            lambda r: r.add_instance("x", cache_blocks=0),
+            InvalidArgument,
+            "^cache_blocks must be at least 1, got 0",
+        ),
+        (
+            lambda r: r.add_instance("x", cache_blocks=NAN),
+            InvalidType,
+            "^cache_blocks must be an int, got nan",
+        ),
         (lambda r: r.remove_instance("x"), UnknownInstance, "unknown instance 'x'"),
         (lambda r: r.load("x"), UnknownInstance, "unknown instance 'x'"),
         (
