@@ -38,8 +38,11 @@ class Recorder:
     """Writes decisions, first tokens and ends to a new file.
 
     It stands beside a router, however decisions are made: give it what ``route`` or ``dispatch`` booked, and
-    what the router is told of later. ``block_size``: the router's. ``known_keys``: how many block keys are
-    remembered, about 110 bytes each; the default, arbitrary, takes 29 MB.
+    what the router is told of later. ``block_size``: the router's. ``units_per_token``: how much of what the
+    router counts is a token on average, 1 for token ids, ``prompt_routing.CHARACTERS_PER_TOKEN`` where the
+    gateway or an adapter routes text; None if unknown: the log is then read as tokens, with a note.
+    ``known_keys``: how many block keys are remembered, about 110 bytes each; the default, arbitrary, takes
+    29 MB.
 
     Lines are buffered: ``flush`` writes them, ``close`` too, and a process that is killed loses the buffer
     and tears at most the last line. Each call takes one lock, so threads may share a recorder.
@@ -48,15 +51,31 @@ class Recorder:
     Raises InvalidType, InvalidArgument, FileExistsError: a log is never overwritten.
     """
 
-    def __init__(self, path: str | Path, *, block_size: int = 16, known_keys: int = 2**18) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        block_size: int = 16,
+        units_per_token: int | None = None,
+        known_keys: int = 2**18,
+    ) -> None:
         self._block_size = check_count(block_size, "block_size", least=1)
         self._known_keys = check_count(known_keys, "known_keys", least=1)
         if self._block_size > 2**14:
             raise InvalidArgument(f"block_size must lie in 1..{2**14}, got {block_size}")
+        units: dict[str, int] = {}
+        if units_per_token is not None:
+            units["units_per_token"] = check_count(units_per_token, "units_per_token", least=1)
+            if self._block_size % units_per_token:
+                raise InvalidArgument(
+                    f"block_size must be a multiple of units_per_token, got {block_size} and "
+                    f"{units_per_token}"
+                )
         self._decisions = 0
         self._decision_of: dict[int, int] = {}
         self._lock = threading.Lock()
-        header = {"format": FORMAT, "version": VERSION, "block_size": self._block_size, "columns": COLUMNS}
+        header = {"format": FORMAT, "version": VERSION, "block_size": self._block_size, **units}
+        header["columns"] = COLUMNS
         self._file = Path(path).open("x", encoding="utf-8", newline="\n")  # noqa: SIM115 closed by close()
         self._write(header)
 
