@@ -35,7 +35,8 @@ class _Log:
     runs: list[list[int]] = field(default_factory=list)  # start, length, start, length, ...
     row_of: dict[int, int] = field(default_factory=dict)  # by the number of the decision
     request_of: dict[str | int, int] = field(default_factory=dict)  # the latest of each id
-    block_of: dict[int, int] = field(default_factory=dict)  # ids by key, in the order of appearance
+    # ids by the id of the block before (-1 for none) and the key, in the order of appearance
+    block_of: dict[tuple[int, int], int] = field(default_factory=dict)
     strays: int = 0  # first tokens and ends of requests that were dispatched before the log
 
     def add(self, fields: dict[str, Any]) -> None:
@@ -63,13 +64,21 @@ class _Log:
                 f"{prompt} tokens have {prompt // self.block_size} whole blocks of {self.block_size}, "
                 f"got {blocks}"
             )
-        new = as_runs([self.block_of.setdefault(key, len(self.block_of)) for key in keys])
+        new = self.ids(keys, runs[-2] + runs[-1] - 1 if runs else -1)
         self.row_of[decision] = len(self.arrival_s)
         self.request_of[name] = len(self.arrival_s)
         self.arrival_s.append(now)
         self.prompt_tokens.append(prompt)
         self.output_tokens.append(0)
-        self.runs.append(runs + new)
+        self.runs.append(runs + as_runs(new))
+
+    def ids(self, keys: list[int], before: int) -> list[int]:
+        """Return the ids of blocks that follow the block ``before``: an id stands for all before it too."""
+        ids = []
+        for key in keys:
+            before = self.block_of.setdefault((before, key), len(self.block_of))
+            ids.append(before)
+        return ids
 
     def shared(self, fields: dict[str, Any]) -> list[int]:
         if "shared" not in fields:
