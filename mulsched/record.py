@@ -3,9 +3,10 @@
 The format is in docs/record-format.md; ``mulsched.replay.read_trace`` reads it as one more trace format.
 
 A prompt's block keys are written once: a line names an earlier decision and how many leading blocks it shares
-with that one, and has the keys of the rest. Keys are chained, so if a block is known, all before it are, and
-a binary search finds the deepest. A table from key to decision remembers up to ``known_keys`` keys and then
-starts anew, which costs bytes and nothing else.
+with that one, and has the keys of the rest. A key tells of its block alone, so prompts are compared by a hash
+of each block and all before it: if one is known, those before it are, and a binary search finds the deepest.
+A table from that hash to a decision remembers up to ``known_keys`` of them and then starts anew, which costs
+bytes and nothing else.
 """
 
 import json
@@ -31,6 +32,9 @@ FORMAT = "mulsched-router-log"
 VERSION = 1
 """The version that is written; every version up to it is read."""
 
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit of a key is lost; otherwise arbitrary
+_OFFSET = np.uint64(0xD1B54A32D192ED03)  # so that a key of 0 counts too
+
 _ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps makes one a call
 
 
@@ -38,8 +42,11 @@ class Recorder:
     """Writes decisions, first tokens and ends to a new file.
 
     It stands beside a router, however decisions are made: give it what ``route`` or ``dispatch`` booked, and
-    what the router is told of later. ``block_size``: the router's. ``known_keys``: how many block keys are
-    remembered, about 110 bytes each; the default, arbitrary, takes 29 MB.
+    what the router is told of later. ``block_size``: the router's. ``units_per_token``: how much of what the
+    router counts is a token on average, 1 for token ids, ``prompt_routing.CHARACTERS_PER_TOKEN`` where the
+    gateway or an adapter routes text; None if unknown: the log is then read as tokens, with a note.
+    ``known_keys``: how many block keys are remembered, about 110 bytes each; the default, arbitrary, takes
+    29 MB.
 
     Lines are buffered: ``flush`` writes them, ``close`` too, and a process that is killed loses the buffer
     and tears at most the last line. Each call takes one lock, so threads may share a recorder.
@@ -48,20 +55,36 @@ class Recorder:
     Raises InvalidType, InvalidArgument, FileExistsError: a log is never overwritten.
     """
 
-    def __init__(self, path: str | Path, *, block_size: int = 16, known_keys: int = 2**18) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        block_size: int = 16,
+        units_per_token: int | None = None,
+        known_keys: int = 2**18,
+    ) -> None:
         self._block_size = check_count(block_size, "block_size", least=1)
         self._known_keys = check_count(known_keys, "known_keys", least=1)
         if self._block_size > 2**14:
             raise InvalidArgument(f"block_size must lie in 1..{2**14}, got {block_size}")
+        units: dict[str, int] = {}
+        if units_per_token is not None:
+            units["units_per_token"] = check_count(units_per_token, "units_per_token", least=1)
+            if self._block_size % units_per_token:
+                raise InvalidArgument(
+                    f"block_size must be a multiple of units_per_token, got {block_size} and "
+                    f"{units_per_token}"
+                )
         self._decisions = 0
         self._decision_of: dict[int, int] = {}
         self._lock = threading.Lock()
-        header = {"format": FORMAT, "version": VERSION, "block_size": self._block_size, "columns": COLUMNS}
+        header = {"format": FORMAT, "version": VERSION, "block_size": self._block_size, **units}
+        header["columns"] = COLUMNS
         self._file = Path(path).open("x", encoding="utf-8", newline="\n")  # noqa: SIM115 closed by close()
         self._write(header)
 
     def dispatched(self, decision: Decision, *, now: float, request_id: Hashable = None) -> None:
-        """Record a booked decision. O(log blocks + blocks not seen yet).
+        """Record a booked decision. O(blocks), most of it for those not seen yet.
 
         ``request_id``: None takes the decision's, which ``route`` sets. Raises InvalidType, InvalidArgument
         (no request id, another block size), ValueError (closed).
@@ -90,15 +113,16 @@ class Recorder:
         if decision.alarm is not None:
             line["alarm"] = str(decision.alarm)
         keys = columns.request.keys
+        paths = _paths(keys)
         with self._lock:
-            shared, line["decision"] = self._known(keys), self._decisions
+            shared, line["decision"] = self._known(paths), self._decisions
             if shared:
-                line["shared"] = [self._decision_of[int(keys[shared - 1])], shared]
+                line["shared"] = [self._decision_of[int(paths[shared - 1])], shared]
             if shared < len(keys):
                 line["keys"] = b64encode(keys[shared:].astype("<u8", copy=False).tobytes()).decode()
             self._write(line)
             # only now: a line that could not be written is nothing to refer to
-            self._remember(keys[shared:].tolist())
+            self._remember(paths[shared:].tolist())
 
     def first_token(self, request_id: Hashable, *, now: float) -> None:
         """Record a request's first token. Raises InvalidType, InvalidArgument, ValueError (closed)."""
@@ -117,12 +141,12 @@ class Recorder:
         with self._lock:
             self._write(line)
 
-    def _known(self, keys: Keys) -> int:
+    def _known(self, paths: Keys) -> int:
         """Return how many leading blocks are in the table."""
-        low, high = 0, len(keys)
+        low, high = 0, len(paths)
         while low < high:
             middle = (low + high) // 2
-            if int(keys[middle]) in self._decision_of:
+            if int(paths[middle]) in self._decision_of:
                 low = middle + 1
             else:
                 high = middle
@@ -158,6 +182,13 @@ class Recorder:
     ) -> None:
         """Close the file."""
         self.close()
+
+
+def _paths(keys: Keys) -> Keys:
+    """Return a hash of each block and all before it: a polynomial in the keys, which are hashes already."""
+    powers = np.multiply.accumulate(np.full(len(keys), _FACTOR))
+    paths: Keys = np.add.accumulate((keys + _OFFSET) * powers)
+    return paths
 
 
 def _seconds(now: float) -> float:

@@ -17,6 +17,7 @@ from mulsched.failure import FailureDetector
 from mulsched.record import FORMAT, VERSION, Recorder
 from mulsched.replay import read_trace, replay, synthetic_trace, validate_trace
 from mulsched.replay.profile import builtin_profile
+from mulsched.types import Namespace
 
 
 def router_of(n=2, block_size=16):
@@ -48,6 +49,15 @@ def beginnings(trace):
         for depth in range(len(ids)):
             sharing[(depth, ids[depth])].append(i)
     return sorted((depth, who) for (depth, _), who in sharing.items())
+
+
+def beginnings_of(prompts):
+    """The same of prompts as lists of keys."""
+    sharing = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        for depth in range(len(prompt)):
+            sharing[tuple(prompt[: depth + 1])].append(i)
+    return sorted((len(path) - 1, who) for path, who in sharing.items())
 
 
 def test_a_log_says_what_was_decided_and_when(tmp_path):
@@ -106,6 +116,25 @@ def test_blocks_that_were_written_are_referred_to(tmp_path):
     assert [len(line.get("keys", "")) for line in lines[1:]] == [32, 24, 0, 12]
 
 
+@pytest.mark.parametrize(
+    "prompts", [[[1, 2], [3, 2]], [[1, 2, 3], [2, 3]], [[1, 1], [1]], [[0, 0], [0], [5, 0]]]
+)
+def test_equal_blocks_after_different_ones_are_not_shared(tmp_path, prompts):
+    recorded(tmp_path / "log", prompts)
+    assert beginnings(read_trace(tmp_path / "log")) == beginnings_of(prompts)
+
+
+def test_prompts_under_different_cache_salts_share_nothing(tmp_path):
+    router = router_of()
+    with Recorder(tmp_path / "log") as recorder:
+        for salt in "ab":
+            namespace = Namespace(cache_salt=salt)
+            decision = router.route(list(range(160)), request_id=salt, namespace=namespace)
+            recorder.dispatched(decision, now=0.0)
+    trace = read_trace(tmp_path / "log")
+    assert not set(trace.block_ids(0)) & set(trace.block_ids(1))
+
+
 def test_other_ids_than_names_and_numbers_are_written_by_their_repr(tmp_path):
     with Recorder(tmp_path / "log") as recorder:
         recorder.first_token(("a", 1), now=0.0)
@@ -149,7 +178,16 @@ def test_bad_input_writes_nothing(tmp_path, call, error):
     assert len((tmp_path / "log").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("wrong", [{"block_size": 0}, {"block_size": 2**14 + 1}, {"known_keys": 0}])
+WRONG = [
+    {"block_size": 0},
+    {"block_size": 2**14 + 1},
+    {"known_keys": 0},
+    {"units_per_token": 0},
+    {"block_size": 18, "units_per_token": 4},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_a_recorder_that_cannot_be_leaves_no_file(tmp_path, wrong):
     with pytest.raises(InvalidArgument):
         Recorder(tmp_path / "log", **wrong)
@@ -185,7 +223,7 @@ def test_threads_share_a_recorder(tmp_path):
 def test_a_log_reads_as_the_trace_that_was_routed(tmp_path):
     trace = synthetic_trace("chat", duration_s=60, seed=3)
     router = router_of()
-    with Recorder(tmp_path / "log") as recorder:
+    with Recorder(tmp_path / "log", units_per_token=1) as recorder:
         for i, (now, prompt) in enumerate(zip(trace.arrival_s, trace.prompt_tokens.tolist(), strict=True)):
             decision = router.route_keys(trace.keys(i), prompt_tokens=prompt, request_id=i, now=float(now))
             recorder.dispatched(decision, now=float(now))
@@ -196,6 +234,29 @@ def test_a_log_reads_as_the_trace_that_was_routed(tmp_path):
     assert read.output_tokens.tolist() == trace.output_tokens.tolist()
     assert beginnings(read) == beginnings(trace)
     assert read.notes == ()
+
+
+def test_a_log_in_characters_reads_in_tokens_and_keeps_what_prompts_share(tmp_path):
+    router = router_of(block_size=64)
+    text = "".join(f"{i:04}" for i in range(250))
+    texts = [text[:length] for length in (2, 62, 64, 66, 1000, 998)]
+    with Recorder(tmp_path / "log", block_size=64, units_per_token=4) as recorder:
+        for i, text in enumerate(texts):
+            recorder.dispatched(router.route_text(text, request_id=i), now=float(i))
+    trace = read_trace(tmp_path / "log")
+    assert trace.block_size == 16
+    assert trace.prompt_tokens.tolist() == [1, 15, 16, 16, 250, 249]
+    assert [len(trace.block_ids(i)) for i in range(6)] == [0, 0, 1, 1, 15, 15]
+    assert trace.block_ids(4).tolist() == trace.block_ids(5).tolist()
+
+
+def test_a_log_that_does_not_say_its_unit_is_read_as_tokens_with_a_note(tmp_path):
+    router = router_of(block_size=64)
+    with Recorder(tmp_path / "log", block_size=64) as recorder:
+        recorder.dispatched(router.route_text("ab" * 500, request_id=0), now=0.0)
+    trace = read_trace(tmp_path / "log")
+    assert (trace.block_size, trace.prompt_tokens.tolist()) == (64, [1000])
+    assert "the log does not say its unit: read as tokens" in trace.notes
 
 
 def test_a_log_replays_as_the_trace_does(tmp_path):
@@ -255,14 +316,14 @@ def test_what_refers_to_a_bad_line_is_bad_too(tmp_path):
 
 
 def test_an_answer_of_unknown_length_is_one_token_and_counted(tmp_path):
-    recorded(tmp_path / "log", [[1, 2]])
+    recorded(tmp_path / "log", [[1, 2]], units_per_token=1)
     trace = read_trace(tmp_path / "log")
     assert trace.output_tokens.tolist() == [1]
     assert trace.notes == ("1 requests recorded without output replay with one token",)
 
 
 def test_ends_of_requests_from_before_the_log_are_counted(tmp_path):
-    with Recorder(tmp_path / "log") as recorder:
+    with Recorder(tmp_path / "log", units_per_token=1) as recorder:
         recorder.finished("earlier", now=0.0, output_tokens=3)
         recorder.dispatched(router_of().route(list(range(20)), request_id="a"), now=1.0)
         recorder.finished("a", now=1.0, output_tokens=3)
@@ -286,6 +347,8 @@ def test_an_id_that_is_used_again_ends_where_it_was_used_last(tmp_path):
     [
         ({"version": 2}, "log:1: version 2 is newer than 1"),
         ({"block_size": 0}, "log:1: block_size must lie in 1"),
+        ({"units_per_token": "four"}, "log:1: units_per_token must be an integer, got 'four'"),
+        ({"units_per_token": 3}, "log:1: block_size must be a multiple of units_per_token, got 16 and 3"),
     ],
 )
 def test_a_bad_header_is_refused(tmp_path, change, message):
@@ -313,13 +376,8 @@ def test_a_bad_line_is_named(tmp_path, change, message):
     assert validate_trace(tmp_path / "log")[0] == [f"log:3: {message}"]
 
 
-@given(st.lists(st.text("ab", max_size=6), min_size=1, max_size=12), st.integers(1, 12))
-def test_what_is_remembered_changes_no_prefix(tmp_path_factory, texts, known_keys):
-    names = {}
-    prompts = [[names.setdefault(t[: d + 1], len(names) + 7) for d in range(len(t))] for t in texts]
+@given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=12), st.integers(1, 12))
+def test_what_is_remembered_changes_no_prefix(tmp_path_factory, prompts, known_keys):
     path = tmp_path_factory.mktemp("log") / "log"
     recorded(path, prompts, known_keys=known_keys)
-    read = read_trace(path)
-    ids = [read.block_ids(i).tolist() for i in range(len(read))]
-    number = {}
-    assert ids == [[number.setdefault(block, len(number)) for block in prompt] for prompt in prompts]
+    assert beginnings(read_trace(path)) == beginnings_of(prompts)

@@ -101,7 +101,14 @@ def prefill_tokens_per_s(profile: Profile) -> float:
 
 
 def options_for(
-    policy: Any, profile: Profile, *, kv_blocks: int, instances: int, seed: int, ties: Any
+    policy: Any,
+    profile: Profile,
+    *,
+    kv_blocks: int,
+    instances: int,
+    seed: int,
+    ties: Any,
+    closed: bool = False,
 ) -> ReplayOptions:
     return ReplayOptions(
         profile=profile,
@@ -110,7 +117,7 @@ def options_for(
         ties=(ties or policy.ties,),
         prefill_instances=0,
         decode_instances=instances,
-        closed=False,
+        closed=closed,
         predicted=False,
         seed=seed,
         state_delay_s=0.0,

@@ -25,7 +25,7 @@ async def main() -> None:
         for port in (8000, 8001, 8002)
     ]
     router = litellm.Router(model_list=models)
-    install(router, cache_tokens=100_000, prefill_tokens_per_s=8_000)
+    install(router, cache_tokens=100_000)
     for turn in range(3):
         for topic in "abc":
             messages = [{"role": "user", "content": topic * 2000 + "!" * turn}]

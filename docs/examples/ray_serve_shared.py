@@ -14,7 +14,7 @@ from ray.serve.config import RequestRouterConfig
     ray_actor_options={"num_cpus": 0},
     request_router_config=RequestRouterConfig(
         request_router_class="mulsched.adapters.ray_serve:LMetricRequestRouter",
-        request_router_kwargs={"shared": True, "shared_timeout_s": 5, "prefill_tokens_per_s": 8_000},
+        request_router_kwargs={"shared": True, "shared_timeout_s": 5},
     ),
 )
 class Engine:

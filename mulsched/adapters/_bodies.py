@@ -29,7 +29,8 @@ class BodyRouter:
 
     ``block_size``, ``cache_tokens``: tokens in a block and in the KV cache of an instance; what is cached is
     predicted in an LRU of that size. ``prefill_tokens_per_s``: the rate by which first tokens are estimated,
-    None if the host reports them (see :mod:`mulsched.lifecycle`). Raises InvalidType, InvalidArgument.
+    None if the host reports them, or if nobody measured it (see :mod:`mulsched.lifecycle`). Raises
+    InvalidType, InvalidArgument.
     """
 
     def __init__(

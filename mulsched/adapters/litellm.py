@@ -3,7 +3,7 @@
 ::
 
     router = litellm.Router(model_list=[...])
-    install(router, prefill_tokens_per_s=8_000)
+    install(router)
 
 An instance is a deployment, by its ``model_info.id``. Written for LiteLLM 1.109.
 """
@@ -30,18 +30,14 @@ _ID = "mulsched_request_id"
 
 
 def install(
-    router: litellm.Router,
-    *,
-    prefill_tokens_per_s: float = 10_000.0,
-    clock: Callable[[], float] = time.monotonic,
-    **options: Any,
+    router: litellm.Router, *, clock: Callable[[], float] = time.monotonic, **options: Any
 ) -> "LMetricStrategy":
     """Route with LMetric from now on, and listen to how requests end; return the strategy.
 
-    LiteLLM tells no first token, so it is estimated by ``prefill_tokens_per_s``, whose default is arbitrary:
-    measure yours. ``options``: keyword arguments of :class:`BodyRouter`.
+    ``options``: keyword arguments of :class:`BodyRouter`. LiteLLM tells no first token: without
+    ``prefill_tokens_per_s`` a prompt stays in the queue term until its request ends.
     """
-    bodies = BodyRouter(prefill_tokens_per_s=prefill_tokens_per_s, **options)
+    bodies = BodyRouter(**options)
     strategy = LMetricStrategy(router, bodies, clock)
     router.register_plugin(strategy)
     litellm.logging_callback_manager.add_litellm_callback(_Ends(bodies, clock))

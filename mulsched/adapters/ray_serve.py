@@ -8,7 +8,7 @@
         num_replicas=4,
         request_router_config=RequestRouterConfig(
             request_router_class="mulsched.adapters.ray_serve:LMetricRequestRouter",
-            request_router_kwargs={"cache_tokens": 400_000, "prefill_tokens_per_s": 8_000},
+            request_router_kwargs={"cache_tokens": 400_000},
         ),
     )
     class Engine: ...
@@ -48,14 +48,15 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
     def initialize_state(
         self,
         *,
-        prefill_tokens_per_s: float = 10_000.0,
+        prefill_tokens_per_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         shared: bool = False,
         shared_timeout_s: float = 0.1,
         **options: Any,
     ) -> None:
-        """Take the keyword arguments of :class:`BodyRouter`. The default rate is arbitrary: measure yours.
+        """Take the keyword arguments of :class:`BodyRouter`.
 
+        ``prefill_tokens_per_s``: what an engine was measured to do; a wrong rate may cost more than none.
         ``shared``: decide and book in one actor for all processes with a handle to this deployment. Where it
         has not answered within ``shared_timeout_s`` (arbitrary), the process decides by what it knows itself.
         """

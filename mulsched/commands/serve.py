@@ -149,7 +149,8 @@ def _run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         recorder = None
         if options.record is not None:
-            recorder = stack.enter_context(Recorder(options.record, block_size=prompts.router_block_size))
+            units = {"block_size": prompts.router_block_size, "units_per_token": prompts.units_per_token}
+            recorder = stack.enter_context(Recorder(options.record, **units))
         runner = stack.enter_context(asyncio.Runner(loop_factory=_loop_factory()))
         # of this run and no other, at a tenth of what a UUID for each takes
         ids = map(f"{uuid.uuid4().hex[:16]}-{{}}".format, itertools.count())

@@ -47,8 +47,8 @@ class Gateway:
     """Serves OpenAI's API from many engines; see docs/gateway.md.
 
     ``new_id`` returns another id each time. ``prompts``: as of the configuration's block size, for routing by
-    text, if None. ``recorder``: told of decisions, first tokens and ends; its block size is the prompts'
-    ``router_block_size``, and whoever made it closes it.
+    text, if None. ``recorder``: told of decisions, first tokens and ends; its block size and
+    ``units_per_token`` are the prompts' (``router_block_size``), and whoever made it closes it.
     """
 
     def __init__(

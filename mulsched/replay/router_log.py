@@ -26,7 +26,7 @@ __all__ = ["FORMAT", "read_router_log"]
 
 @dataclass(slots=True)
 class _Log:
-    """What was read so far; requests in the order of the file."""
+    """What was read so far, in the router's unit; requests in the order of the file."""
 
     block_size: int
     arrival_s: list[float] = field(default_factory=list)
@@ -35,7 +35,8 @@ class _Log:
     runs: list[list[int]] = field(default_factory=list)  # start, length, start, length, ...
     row_of: dict[int, int] = field(default_factory=dict)  # by the number of the decision
     request_of: dict[str | int, int] = field(default_factory=dict)  # the latest of each id
-    block_of: dict[int, int] = field(default_factory=dict)  # ids by key, in the order of appearance
+    # ids by the id of the block before (-1 for none) and the key, in the order of appearance
+    block_of: dict[tuple[int, int], int] = field(default_factory=dict)
     strays: int = 0  # first tokens and ends of requests that were dispatched before the log
 
     def add(self, fields: dict[str, Any]) -> None:
@@ -63,13 +64,21 @@ class _Log:
                 f"{prompt} tokens have {prompt // self.block_size} whole blocks of {self.block_size}, "
                 f"got {blocks}"
             )
-        new = as_runs([self.block_of.setdefault(key, len(self.block_of)) for key in keys])
+        new = self.ids(keys, runs[-2] + runs[-1] - 1 if runs else -1)
         self.row_of[decision] = len(self.arrival_s)
         self.request_of[name] = len(self.arrival_s)
         self.arrival_s.append(now)
         self.prompt_tokens.append(prompt)
         self.output_tokens.append(0)
-        self.runs.append(runs + new)
+        self.runs.append(runs + as_runs(new))
+
+    def ids(self, keys: list[int], before: int) -> list[int]:
+        """Return the ids of blocks that follow the block ``before``: an id stands for all before it too."""
+        ids = []
+        for key in keys:
+            before = self.block_of.setdefault((before, key), len(self.block_of))
+            ids.append(before)
+        return ids
 
     def shared(self, fields: dict[str, Any]) -> list[int]:
         if "shared" not in fields:
@@ -106,9 +115,22 @@ def _keys(fields: dict[str, Any]) -> list[int]:
         raise BadLineError(f"keys must be 64-bit numbers in base64, got {str(text)[:40]!r}") from None
 
 
+def _check_units(header: dict[str, Any]) -> None:
+    if "units_per_token" in header and header["block_size"] % number(header, "units_per_token", int, 1):
+        raise BadLineError(
+            f"block_size must be a multiple of units_per_token, got {header['block_size']} and "
+            f"{header['units_per_token']}"
+        )
+
+
 def read_router_log(source: Source) -> Trace:
-    """Read a log. A last line that a crash tore is left out, and the notes say so."""
-    log = _Log(read_header(source, FORMAT, VERSION)["block_size"])
+    """Read a log. A last line that a crash tore is left out, and the notes say so.
+
+    Lengths become tokens by the header's ``units_per_token``, rounded down: so a prompt keeps its blocks.
+    """
+    header = read_header(source, FORMAT, VERSION, _check_units)
+    units = header.get("units_per_token", 1)
+    log = _Log(header["block_size"])
     torn = False
     for line_number, line in source.lines:
         if not line.endswith("\n") and not is_json(line):
@@ -117,9 +139,13 @@ def read_router_log(source: Source) -> Trace:
         with source.at(str(line_number)):
             log.add(json_object(line))
     rows = Rows()
-    for row in zip(log.arrival_s, log.prompt_tokens, log.output_tokens, log.runs, strict=True):
-        rows.add(*row)
-    notes = ["the last line is torn, as by a crash, and left out"] if torn else []
+    for now, prompt, output, runs in zip(
+        log.arrival_s, log.prompt_tokens, log.output_tokens, log.runs, strict=True
+    ):
+        rows.add(now, max(1, prompt // units), output, runs)
+    notes = [] if "units_per_token" in header else ["the log does not say its unit: read as tokens"]
+    notes += [f"prompts are text, {units} characters taken for a token"] if units > 1 else []
+    notes += ["the last line is torn, as by a crash, and left out"] if torn else []
     if log.strays:
         notes.append(f"{log.strays} signals of requests that the log does not have left out")
-    return rows.trace(source.name, log.block_size, notes=tuple(notes))
+    return rows.trace(source.name, log.block_size // units, notes=tuple(notes))

@@ -94,6 +94,19 @@ def test_a_conversation_stays_with_the_deployment_that_holds_its_prefix():
     assert len(set(asked)) == 3
 
 
+def test_by_default_a_prompt_stays_queued_until_its_request_ends():
+    import litellm
+
+    from mulsched.adapters.litellm import install
+
+    model = {"model_name": "m", "litellm_params": {"model": "openai/m"}, "model_info": {"id": "d0"}}
+    router = litellm.Router(model_list=[model])
+    strategy = install(router, clock=iter((0.0, 3000.0)).__next__)
+    for text in ("a" * 1000, "b" * 1000):
+        strategy.get_available_deployment(**chat(text))
+    assert strategy.bodies.lifecycle.router.load("d0")["waiting"] == 2
+
+
 def test_concurrent_requests_do_not_herd():
     async def run():
         async with engines_behind_litellm() as (engines, router, _):

@@ -6,15 +6,18 @@ with the body if the logic is a ``PrefixAwareRouter``, and asks again without th
 
 import asyncio
 import json
+import runpy
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from mulsched.errors import MissingExtra
 
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "production_stack.py"
 URLS = ["http://a", "http://b", "http://c"]
 
 
@@ -135,6 +138,31 @@ def test_an_endpoint_that_went_away_is_not_chosen(adapter):
     stack.urls.remove(stack.tried[0])
     asyncio.run(stack.post("hello" * 100))
     assert stack.tried[1] != stack.tried[0]
+
+
+def test_the_example_serves_with_our_router_in_place_of_theirs(adapter, monkeypatch):
+    served = []
+    app = SimpleNamespace(state=SimpleNamespace(), layers=[])
+    app.add_middleware = lambda layer, **options: app.layers.append(options["router"])
+
+    def initialize_all(app, args):
+        app.state.router = "theirs"
+
+    def run(app, **where):
+        served.append((app.state.router, where))
+
+    for name, contents in {
+        "uvicorn": {"run": run},
+        "vllm_router.app": {"app": app, "initialize_all": initialize_all},
+        "vllm_router.parsers": {},
+        "vllm_router.parsers.parser": {"parse_args": lambda: SimpleNamespace(host="127.0.0.1", port=9000)},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert served == [(app.layers[0], {"host": "127.0.0.1", "port": 9000})]
+    assert isinstance(app.layers[0], PrefixAwareRouter)
 
 
 def test_without_vllm_router_the_error_says_where_it_is_from(monkeypatch):

@@ -75,6 +75,17 @@ def deploy(name, replicas, **options):
     serve.run(Engine.bind(), name=name, route_prefix=None)
 
 
+def test_by_default_a_prompt_stays_queued_until_its_request_ends():
+    from mulsched.adapters.ray_serve import LMetricRequestRouter
+
+    router = object.__new__(LMetricRequestRouter)  # as Ray makes it, without Ray
+    router.initialize_state()
+    router.bodies.set_instances(["a"])
+    for number, now in enumerate((0.0, 3000.0)):
+        router.bodies.reserve({"prompt": f"{number}" * 1000}, request_id=number, now=now)
+    assert router.bodies.lifecycle.router.load("a")["waiting"] == 2
+
+
 class Front:
     """A process with a handle to the replicas of an application."""
 

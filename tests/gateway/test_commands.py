@@ -39,4 +39,4 @@ def test_the_gateway_runs_logs_records_and_stops_on_sigterm(tmp_path):
     assert process.returncode == 0
     assert '"event":"listening"' in log
     assert '"event":"stopped"' in log
-    assert '"block_size":64' in (tmp_path / "record.jsonl").read_text()
+    assert '"block_size":64,"units_per_token":4' in (tmp_path / "record.jsonl").read_text()

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
 from fake_engine import answers, dies, streams
 from gateway_harness import ASK, CHAT, run
 
+from mulsched.cli import main
+from mulsched.gateway.prompts import PromptReader
 from mulsched.record import Recorder
 from mulsched.replay import read_trace
 
@@ -74,3 +77,33 @@ def test_a_record_that_cannot_be_written_ends_and_the_gateway_goes_on(tmp_path):
 
     with FullDisk(tmp_path / "log", block_size=64) as recorder:
         run(scenario, answers(), recorder=recorder)
+
+
+def fours(text, *, whole):
+    """Four characters a token."""
+    return [int.from_bytes(text[i : i + 4].encode(), "little") for i in range(0, len(text), 4)]
+
+
+def text(first):
+    return "".join(f"{chr(40 + first)}{i:03}" for i in range(1000))
+
+
+@pytest.mark.parametrize(
+    ("encode", "notes"), [(None, ("prompts are text, 4 characters taken for a token",)), (fours, ())]
+)
+def test_a_record_is_checked_in_tokens_whatever_the_gateway_counts(tmp_path, capsys, encode, notes):
+    async def scenario(front):
+        for i in range(80):  # every other prompt is its own
+            await front.post("/v1/completions", {"prompt": text(i % 2 * i)})
+        await front.idle()
+
+    prompts = PromptReader(16, encode)
+    path = tmp_path / "log"
+    units = {"block_size": prompts.router_block_size, "units_per_token": prompts.units_per_token}
+    with Recorder(path, **units) as recorder:
+        run(scenario, answers(WHOLE), prompts=prompts, recorder=recorder)
+    trace = read_trace(path)
+    assert (trace.block_size, set(trace.prompt_tokens.tolist()), trace.notes) == (16, {1000}, notes)
+    assert main(["check", str(path), "--instances", "4", "--processes", "1", "--json", "-"]) in (0, 1)
+    (hot, *_) = json.loads(capsys.readouterr().out)["windows"][0]["classes"]
+    assert (hot["requests"], hot["prefix_tokens"]) == (40, 992)
