@@ -258,7 +258,8 @@ class Router:
         together. ``now``: seconds on the caller's clock, for policies with a time window.
         O(tokens + W * nodes on the path), W instances.
 
-        Raises InvalidTokens, InvalidType, UnknownInstance, NoEligibleInstance, NonFiniteScore.
+        Raises InvalidTokens, InvalidType, UnknownInstance, NoEligibleInstance, NonFiniteScore, and
+        InvalidArgument or InvalidType where a score is not one number for each candidate.
         """
         keys, prompt_tokens = self._token_keys(tokens, namespace)
         with self._lock:

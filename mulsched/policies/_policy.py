@@ -82,12 +82,12 @@ class Policy:
 def _scores(policy: Policy, columns: Columns) -> NDArray[np.float64]:
     scores = np.asarray(policy.score(columns))
     if scores.shape != (len(columns),):
-        raise NonFiniteScore(
+        raise InvalidArgument(
             f"policy {policy.name!r} must return one score per candidate, shape ({len(columns)},), "
             f"got shape {scores.shape}"
         )
     if scores.dtype.kind not in "fiu":
-        raise NonFiniteScore(f"policy {policy.name!r} must return numbers, got dtype {scores.dtype}")
+        raise InvalidType(f"policy {policy.name!r} must return numbers, got dtype {scores.dtype}")
     scores = scores.astype(np.float64, copy=False)
     finite = np.isfinite(scores)
     if not finite.all():
@@ -120,7 +120,8 @@ def select(
 
     ``keep``: only these candidates, at least one, ``(n,)`` bool.
 
-    Raises NoEligibleInstance, NonFiniteScore, InvalidArgument (a filter's mask has the wrong shape).
+    Raises NoEligibleInstance, NonFiniteScore, InvalidArgument (scores or a filter's mask of the wrong shape),
+    InvalidType (scores that are no numbers).
     """
     left = columns if keep is None else columns.take(keep)
     keep = None if keep is None else keep.copy()

@@ -114,20 +114,24 @@ def test_a_filter_must_return_a_mask(mask):
 
 
 @pytest.mark.parametrize(
-    ("scores", "message"),
+    ("scores", "error", "message"),
     [
-        ([1.0, float("nan")], "gave nan for instance 'i1'"),
-        ([float("inf"), 1.0], "gave inf for instance 'i0'"),
-        ([1.0], "shape \\(2,\\), got shape \\(1,\\)"),
-        (1.0, "got shape \\(\\)"),
-        (["a", "b"], "must return numbers"),
-        ([True, False], "must return numbers, got dtype bool"),
-        ([1j, 2], "must return numbers, got dtype complex"),
-        ([float("nan"), float("inf")], "policy 'p' gave nan for instance 'i0'; scores must be finite"),
+        ([1.0, float("nan")], NonFiniteScore, "gave nan for instance 'i1'"),
+        ([float("inf"), 1.0], NonFiniteScore, "gave inf for instance 'i0'"),
+        ([1.0], InvalidArgument, "shape \\(2,\\), got shape \\(1,\\)"),
+        (1.0, InvalidArgument, "got shape \\(\\)"),
+        (["a", "b"], InvalidType, "must return numbers"),
+        ([True, False], InvalidType, "must return numbers, got dtype bool"),
+        ([1j, 2], InvalidType, "must return numbers, got dtype complex"),
+        (
+            [float("nan"), float("inf")],
+            NonFiniteScore,
+            "policy 'p' gave nan for instance 'i0'; scores must be finite",
+        ),
     ],
 )
-def test_scores_must_be_finite_one_for_each(scores, message):
-    with pytest.raises(NonFiniteScore, match=message):
+def test_scores_must_be_finite_one_for_each(scores, error, message):
+    with pytest.raises(error, match=message):
         select(Policy(name="p", score=lambda c: np.array(scores)), make_columns(running=[1, 2]), "first")
 
 
