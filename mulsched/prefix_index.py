@@ -166,7 +166,7 @@ def as_hashes(hashes: Sequence[EngineHash] | NDArray[np.uint64]) -> Keys:
 def as_capacity(capacity_blocks: Any, name: str = "capacity_blocks") -> int:
     """Return a number of blocks as an int. Raises InvalidType, InvalidArgument."""
     if isinstance(capacity_blocks, bool) or not isinstance(capacity_blocks, int | np.integer):
-        raise InvalidType(f"{name} must be an int, got {capacity_blocks!r}")
+        raise InvalidType(f"{name} must be an int, got {type(capacity_blocks).__name__} {capacity_blocks!r}")
     if not 1 <= capacity_blocks < 2**63:
         wanted = "at least 1" if capacity_blocks < 1 else "below 2**63"
         raise InvalidArgument(f"{name} must be {wanted}, got {capacity_blocks}")

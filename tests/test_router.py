@@ -701,7 +701,7 @@ def test_a_router_refuses_bad_options(options, error, message):
         (
             lambda r: r.add_instance("x", cache_blocks=NAN),
             InvalidType,
-            "^cache_blocks must be an int, got nan",
+            "^cache_blocks must be an int, got float nan",
         ),
         (lambda r: r.remove_instance("x"), UnknownInstance, "unknown instance 'x'"),
         (lambda r: r.load("x"), UnknownInstance, "unknown instance 'x'"),
