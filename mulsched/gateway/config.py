@@ -22,6 +22,7 @@ _OWN_HEADERS = frozenset((
 class EngineConfig:
     """An engine: ``url`` such as ``http://10.0.0.7:8000``, and where its KV events come from, if they do.
 
+    ``kv_events``: an endpoint, or ``"auto"`` to ask the engine, whose cache is predicted if it does not tell.
     ``rank``: of several data-parallel ranks at that URL, each an engine here, the one that this is; requests
     name it in vLLM's header. Raises InvalidArgument.
     """
@@ -39,7 +40,11 @@ class EngineConfig:
             sound = False
         if not sound or parts.query or parts.fragment or parts.username is not None:
             raise InvalidArgument(f"an engine must be a URL such as http://10.0.0.7:8000, got {self.url!r}")
-        for endpoint in (self.kv_events, self.kv_replay):
+        if self.kv_events == "auto" and self.kv_replay is not None:
+            raise InvalidArgument(
+                f"an engine that is asked for its endpoints has no kv_replay, got {self.kv_replay!r}"
+            )
+        for endpoint in (None if self.kv_events == "auto" else self.kv_events, self.kv_replay):
             if endpoint is not None and _ENDPOINT.fullmatch(endpoint) is None:
                 raise InvalidArgument(f"an endpoint such as tcp://10.0.0.7:5557 expected, got {endpoint!r}")
 
@@ -58,7 +63,7 @@ class EngineConfig:
 
 
 def _offset(endpoint: str | None, rank: int) -> str | None:
-    if endpoint is None or rank == 0:
+    if endpoint is None or endpoint == "auto" or rank == 0:
         return endpoint
     host, _, port = endpoint.rpartition(":")
     if not port.isdigit():

@@ -111,6 +111,13 @@ def test_events_are_given_for_each_engine():
     assert [engine.kv_events for engine in config.engines] == ["tcp://a:5", "tcp://b:5"]
 
 
+def test_each_engine_and_rank_may_be_asked_for_its_events():
+    two = ("--engine", "http://a:1", "--engine", "http://b:2", "--tokenizer", "t", "--kv-events", "auto")
+    for ranks in (1, 2):
+        config = serve._config(options(*two, "--data-parallel-size", str(ranks)))
+        assert [engine.kv_events for engine in config.engines] == ["auto"] * 2 * ranks
+
+
 def test_each_rank_is_an_instance_with_ports_of_its_own():
     engine = ("--engine", "http://a:1", "--kv-events", "tcp://a:50", "--kv-replay", "tcp://a:60")
     config = serve._config(options(*engine, "--tokenizer", "t", "--data-parallel-size", "2"))
@@ -130,6 +137,13 @@ def test_each_rank_is_an_instance_with_ports_of_its_own():
             "--kv-events goes with",
         ),
         (["--engine", "http://a:1", "--kv-events", "tcp://a:5"], "--kv-events needs --tokenizer"),
+        (
+            [
+                *("--engine", "http://a:1", "--kv-events", "auto", "--kv-replay", "tcp://a:5"),
+                *("--tokenizer", "t"),
+            ],
+            "has no kv_replay",
+        ),
         (["--engine", "http://a:1", "--kv-replay", "tcp://a:5"], "--kv-replay goes with --kv-events"),
         (["--engine", "http://a:1", "--data-parallel-size", "0"], "--data-parallel-size must be at least 1"),
         (

@@ -303,7 +303,8 @@ def encode(text, *, whole):
     return ByteTokenizer().encode(text)
 
 
-def test_kv_events_tell_what_an_engine_has_cached():
+@pytest.mark.parametrize("auto", [False, True])
+def test_kv_events_tell_what_an_engine_has_cached(auto):
     """An engine of its own that publishes, two requests, and no prediction of what it holds."""
 
     async def scenario():
@@ -312,7 +313,8 @@ def test_kv_events_tell_what_an_engine_has_cached():
             MockEngine("gpu-0", PROFILE), ByteTokenizer(), model="m", clock=lambda: 1.5, publisher=publisher
         )
         url = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
-        engine = EngineConfig(url, publisher.endpoint, publisher.replay_endpoint)
+        given = ("auto",) if auto else (publisher.endpoint, publisher.replay_endpoint)
+        engine = EngineConfig(url, *given)
         async with Front((), engines=(engine,), prompts=PromptReader(16, encode)) as front:
             ask = {"prompt": "x" * 16 * 4 * 5, "max_tokens": 1}
             await front.post("/v1/completions", ask)
@@ -322,6 +324,36 @@ def test_kv_events_tell_what_an_engine_has_cached():
             assert [line["hit"] for line in front.requests_logged()] == [0, 16 * 5]
             assert [line["reported_cached_tokens"] for line in front.requests_logged()] == [0, 16 * 5]
         await server.stop()
+
+    async def guarded():
+        async with asyncio.timeout(60):
+            await scenario()
+
+    asyncio.run(guarded())
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (None, "0 publishers"),
+        (b"{}", "0 publishers"),
+        (b'{"0": {"endpoint": "tcp://*:1"}, "1": {"endpoint": "tcp://*:2"}}', "2 publishers"),
+        (b"[]", "InvalidEvents"),
+    ],
+)
+def test_an_engine_that_does_not_tell_of_its_events_is_routed_by_prediction_and_logged(told, reason):
+    async def scenario():
+        async with FakeEngine(answers()) as fake:
+            fake.kv_event_sources = told
+            engine = EngineConfig(fake.url, "auto")
+            async with Front((), engines=(engine,), prompts=PromptReader(16, encode)) as front:
+                await front.post("/v1/completions", {"prompt": "x" * 16 * 4 * 5})
+                assert front.gateway.lifecycle.router.index.blocks(engine.name) > 0
+                [line] = [line for line in front.logged if line["event"] == "kv_events_unknown"]
+                assert (line["instance"], line["reason"]) == (engine.name, reason)
+                fake.healthy = False
+                await check(front, 3)
+                assert front.gateway.lifecycle.router.instances == ()  # what it held is forgotten
 
     async def guarded():
         async with asyncio.timeout(60):
