@@ -69,6 +69,9 @@ def add_parser(commands: Any) -> None:
         help="where it sends them again",
     )
     parser.add_argument(
+        "--kv-format", default="vllm", choices=("vllm", "sglang"), help="whose KV events (default: vllm)"
+    )
+    parser.add_argument(
         "--data-parallel-size",
         type=int,
         default=1,

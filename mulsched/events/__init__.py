@@ -12,7 +12,11 @@ from mulsched.events.subscriber import KvEventSubscriber
 from mulsched.events.tensorrt_llm import decode_tensorrt_llm
 from mulsched.events.vllm import decode_vllm
 
+KV_DECODERS = {"vllm": decode_vllm, "sglang": decode_sglang}
+"""What a subscriber may decode by, by engine."""
+
 __all__ = [
+    "KV_DECODERS",
     "EngineLoad",
     "EventBatch",
     "KvEvent",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from mulsched.errors import InvalidArgument, InvalidType
+from mulsched.events import KV_DECODERS
 
 __all__ = ["EngineConfig", "GatewayConfig"]
 
@@ -77,12 +78,13 @@ def _offset(endpoint: str | None, rank: int) -> str | None:
 class GatewayConfig:
     """All settings of a gateway. Defaults are arbitrary where no other source is named.
 
-    ``policy``: as of :class:`~mulsched.Router`. ``block_size``: tokens in a block of the engines; 16 as in
-    vLLM. ``kv_tokens``: the size of each engine's KV cache, for the prediction of what it holds; None asks
-    the engine's metrics for it, and takes 100,000 where they do not tell. ``prefill_tokens_per_s``: what an
-    engine computes of prompts, for answers that are not streamed, whose first token is not seen; None keeps
-    their prompts in the queue term until they end. ``poll_load_s``: how often engines' metrics are asked for
-    their load, to count requests that come from elsewhere; None does not.
+    ``policy``: as of :class:`~mulsched.Router`. ``kv_format``: of KV events, ``vllm`` or ``sglang``.
+    ``block_size``: tokens in a block of the engines; 16 as in vLLM. ``kv_tokens``: the size of each engine's
+    KV cache, for the prediction of what it holds; None asks the engine's metrics for it, and takes 100,000
+    where they do not tell. ``prefill_tokens_per_s``: what an engine computes of prompts, for answers that are
+    not streamed, whose first token is not seen; None keeps their prompts in the queue term until they end.
+    ``poll_load_s``: how often engines' metrics are asked for their load, to count requests that come from
+    elsewhere; None does not.
 
     ``api_keys``: clients must send one of them; none: everyone may. ``engine_api_key``: sent to engines.
     ``forward_headers``: headers of clients that go on to engines besides those that always do.
@@ -98,6 +100,7 @@ class GatewayConfig:
 
     engines: tuple[EngineConfig, ...]
     policy: str = "lmetric"
+    kv_format: str = "vllm"
     seed: int = 0
     block_size: int = 16
     kv_tokens: int | None = None
@@ -128,6 +131,10 @@ class GatewayConfig:
         names = [engine.name for engine in self.engines]
         if len(set(names)) < len(names):
             raise InvalidArgument(f"each engine may be given once, got {', '.join(names)}")
+        if self.kv_format not in KV_DECODERS:
+            raise InvalidArgument(
+                f"kv_format must be one of {', '.join(KV_DECODERS)}, got {self.kv_format!r}"
+            )
         for name in ("block_size", "max_body_bytes", "max_in_flight", "max_attempts"):
             self._check(name, int)
         for name in ("eject_after", "readmit_after"):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from mulsched.errors import MissingExtra, UnknownInstance
-from mulsched.events import KvEventSource, KvEventSubscriber, LoadPoller, discover_kv_events
+from mulsched.events import KV_DECODERS, KvEventSource, KvEventSubscriber, LoadPoller, discover_kv_events
 from mulsched.events._http import FAILURES
 from mulsched.gateway.config import EngineConfig, GatewayConfig
 from mulsched.gateway.logs import Log
@@ -274,7 +274,12 @@ class Fleet:
         router, name, config = self._lifecycle.router, engine.name, engine.config
         if source is not None and name not in self.subscribers:
             subscriber = KvEventSubscriber(
-                router, name, source.endpoint, replay_endpoint=source.replay_endpoint, topic=source.topic
+                router,
+                name,
+                source.endpoint,
+                replay_endpoint=source.replay_endpoint,
+                topic=source.topic,
+                decode=KV_DECODERS[self._config.kv_format],
             )
             self.subscribers[name] = subscriber
             self._tasks.append(asyncio.create_task(subscriber.run(), name=f"KV events of {name}"))

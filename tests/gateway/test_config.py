@@ -59,6 +59,7 @@ def test_an_instance_has_the_name_of_its_address():
         ({"forward_headers": ("Transfer-Encoding",)}, InvalidArgument),
         ({"forward_headers": ("a b",)}, InvalidArgument),
         ({"health_path": "health"}, InvalidArgument),
+        ({"kv_format": "trt"}, InvalidArgument),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(setting, error):
@@ -90,12 +91,14 @@ def test_the_command_passes_on_what_it_is_given(tmp_path):
                 "k",
             ),
             *("--api-key", f"@{key}", "--engine-api-key", "e", "--forward-header", "X-Tenant"),
+            *("--kv-format", "sglang"),
             *("--read-timeout", "5", "--max-in-flight", "7", "--kv-tokens", "1000"),
         )
     )
     assert config == GatewayConfig(
         (EngineConfig("http://a:1"), EngineConfig("http://b:2")),
         policy="round_robin",
+        kv_format="sglang",
         api_keys=("k", "from-a-file"),
         engine_api_key="e",
         forward_headers=("X-Tenant",),

@@ -6,6 +6,8 @@ import json
 import pytest
 from fake_engine import FakeEngine, answers, dies, streams
 from gateway_harness import ASK, CHAT, Front, run
+from kv_publisher import Publisher, until
+from kv_wire import batch, removed, stored
 
 from mulsched.gateway import EngineConfig, PromptReader
 from mulsched.mock_engine.engine import MockEngine
@@ -324,6 +326,28 @@ def test_kv_events_tell_what_an_engine_has_cached(auto):
             assert [line["hit"] for line in front.requests_logged()] == [0, 16 * 5]
             assert [line["reported_cached_tokens"] for line in front.requests_logged()] == [0, 16 * 5]
         await server.stop()
+
+    async def guarded():
+        async with asyncio.timeout(60):
+            await scenario()
+
+    asyncio.run(guarded())
+
+
+@pytest.mark.parametrize(("kv_format", "left"), [("vllm", 1), ("sglang", 0)])
+def test_a_block_announced_twice_is_a_copy_for_vllm_alone(kv_format, left):
+    async def scenario():
+        async with FakeEngine(answers()) as fake, Publisher() as publisher:
+            engine = EngineConfig(fake.url, publisher.endpoint, publisher.replay_endpoint)
+            options = {"engines": (engine,), "prompts": PromptReader(16, encode), "kv_format": kv_format}
+            async with Front((), **options) as front:
+                twice = stored([7], [1] * 16, block_size=16)
+                subscriber = front.gateway.fleet.subscribers[engine.name]
+                await until(lambda: subscriber.state == "known")
+                await publisher.subscribed()
+                await publisher.publish(batch(twice, twice, removed([7])))
+                await until(lambda: subscriber.counts["blocks_removed"])
+                assert front.gateway.lifecycle.router.index.blocks(engine.name) == left
 
     async def guarded():
         async with asyncio.timeout(60):
