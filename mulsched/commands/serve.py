@@ -105,6 +105,11 @@ def add_parser(commands: Any) -> None:
         help="ask engines for their load so often, if others send them requests too",
     )
     parser.add_argument(
+        "--load-headers",
+        action="store_true",
+        help="ask engines to tell their load with each answer, in ORCA's header",
+    )
+    parser.add_argument(
         "--record", metavar="FILE", help="a log of decisions that replays; see docs/record-format.md"
     )
     parser.add_argument(

@@ -85,6 +85,7 @@ class GatewayConfig:
     not streamed, whose first token is not seen; None keeps their prompts in the queue term until they end.
     ``poll_load_s``: how often engines' metrics are asked for their load, to count requests that come from
     elsewhere; None does not.
+    ``load_headers``: engines are asked to tell their load with each answer, in ORCA's header.
 
     ``api_keys``: clients must send one of them; none: everyone may. ``engine_api_key``: sent to engines.
     ``forward_headers``: headers of clients that go on to engines besides those that always do.
@@ -106,6 +107,7 @@ class GatewayConfig:
     kv_tokens: int | None = None
     prefill_tokens_per_s: float | None = None
     poll_load_s: float | None = None
+    load_headers: bool = False
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     engine_api_key: str | None = field(default=None, repr=False)
     forward_headers: tuple[str, ...] = ()

@@ -45,7 +45,7 @@ class Engine:
         self.counts: Counter[str] = Counter()
         """``requests`` sent, ``retries`` of them that came from another engine, ``failures``, ``ejections``;
         ``prompt_tokens`` and ``hit_tokens`` as decisions expected them, ``reported_prompt_tokens`` and
-        ``reported_cached_tokens`` as answers told."""
+        ``reported_cached_tokens`` as answers told; ``load_headers``, ``malformed_load_headers``."""
         self.statuses: Counter[int] = Counter()
         self._failures = 0
         self._successes = 0

@@ -91,7 +91,7 @@ def test_the_command_passes_on_what_it_is_given(tmp_path):
                 "k",
             ),
             *("--api-key", f"@{key}", "--engine-api-key", "e", "--forward-header", "X-Tenant"),
-            *("--kv-format", "sglang"),
+            *("--kv-format", "sglang", "--load-headers"),
             *("--read-timeout", "5", "--max-in-flight", "7", "--kv-tokens", "1000"),
         )
     )
@@ -99,6 +99,7 @@ def test_the_command_passes_on_what_it_is_given(tmp_path):
         (EngineConfig("http://a:1"), EngineConfig("http://b:2")),
         policy="round_robin",
         kv_format="sglang",
+        load_headers=True,
         api_keys=("k", "from-a-file"),
         engine_api_key="e",
         forward_headers=("X-Tenant",),

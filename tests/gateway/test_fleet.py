@@ -278,6 +278,42 @@ def test_load_from_elsewhere_counts_where_engines_are_polled():
     run(scenario, answers(), answers(), before=tell, poll_load_s=3600.0)
 
 
+TOLD = "endpoint-load-metrics: TEXT named_metrics.num_requests_waiting={}"
+
+
+def test_load_from_elsewhere_counts_where_answers_tell_it():
+    async def scenario(front):
+        asked = [await front.post("/v1/completions", {"prompt": "hello"}) for _ in range(4)]
+        assert [len(engine.asked) for engine in front.engines] == [1, 3]
+        load = front.gateway.lifecycle.router.load(front.engines[0].name)
+        assert (load["waiting"], load["running"]) == (7 - 1, 0)  # one of seven may be the gateway's own
+        assert front.engines[0].asked[0].header("endpoint-load-metrics-format") == ["TEXT"]
+        assert all("endpoint-load-metrics" not in headers for _, _, headers in asked)
+
+    run(scenario, answers(extra=[TOLD.format(7)]), answers(extra=[TOLD.format(0)]), load_headers=True)
+
+
+def test_load_in_answers_that_cannot_be_read_is_counted_and_changes_nothing():
+    async def scenario(front):
+        await front.post("/v1/completions", {"prompt": "hello"})
+        engine = front.gateway.fleet.engines[front.engines[0].name]
+        assert (engine.counts["load_headers"], engine.counts["malformed_load_headers"]) == (0, 1)
+        assert front.gateway.lifecycle.router.load(engine.name)["waiting"] == 0
+        assert "mulsched_instance_malformed_load_headers_total" in (await front.get("/metrics"))[1]
+
+    run(scenario, answers(extra=[TOLD.format("many")]), load_headers=True)
+
+
+def test_load_in_answers_is_neither_asked_for_nor_heeded_by_default():
+    async def scenario(front):
+        _, _, headers = await front.post("/v1/completions", {"prompt": "hello"})
+        assert headers["endpoint-load-metrics"].startswith("TEXT")
+        assert front.engines[0].asked[0].header("endpoint-load-metrics-format") == []
+        assert front.gateway.lifecycle.router.load(front.engines[0].name)["waiting"] == 0
+
+    run(scenario, answers(extra=[TOLD.format(7)]))
+
+
 @pytest.mark.parametrize(
     ("page", "given", "blocks"),
     [
