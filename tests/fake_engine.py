@@ -29,6 +29,7 @@ class FakeEngine:
         self.arrived = asyncio.Event()
         self.models = ["m"]
         self.metrics = b""
+        self.kv_event_sources = None  # there is no such page
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -58,6 +59,9 @@ class FakeEngine:
             return write_whole(writer, json.dumps({"object": "list", "data": models}).encode())
         if path == "/metrics":
             return write_whole(writer, self.metrics)
+        if path == "/kv_event_sources":
+            told = self.kv_event_sources
+            return write_whole(writer, told or b"", status=404 if told is None else 200)
         self.asked.append(asked)
         self.arrived.set()
         return await self.answer(asked, reader, writer)

@@ -52,6 +52,9 @@ def add_parser(commands: Any) -> None:
         "--kv-events", action="store_true", help="follow endpoints' KV events; goes with --tokenizer"
     )
     parser.add_argument(
+        "--kv-format", default="vllm", choices=("vllm", "sglang"), help="whose KV events (default: vllm)"
+    )
+    parser.add_argument(
         "--prefill-tokens-per-s", type=float, metavar="X", help="of an engine, for answers not streamed"
     )
     parser.add_argument(
@@ -128,7 +131,7 @@ def _watches(options: argparse.Namespace, router: Router) -> list[Any]:
     if options.metrics_poll is not None:
         watches.append(metrics_of(router, period_s=options.metrics_poll))
     if options.kv_events:
-        watches.append(kv_events_of(router))
+        watches.append(kv_events_of(router, kv_format=options.kv_format))
     return watches
 
 

@@ -58,7 +58,8 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="ENDPOINT",
-        help="where an engine publishes its KV events, tcp://HOST:PORT; once for each, in their order",
+        help="where an engine publishes its KV events, tcp://HOST:PORT; once for each, in their order; "
+        "or auto, to ask each engine",
     )
     parser.add_argument(
         "--kv-replay",
@@ -66,6 +67,9 @@ def add_parser(commands: Any) -> None:
         default=[],
         metavar="ENDPOINT",
         help="where it sends them again",
+    )
+    parser.add_argument(
+        "--kv-format", default="vllm", choices=("vllm", "sglang"), help="whose KV events (default: vllm)"
     )
     parser.add_argument(
         "--data-parallel-size",
@@ -99,6 +103,11 @@ def add_parser(commands: Any) -> None:
         type=float,
         metavar="S",
         help="ask engines for their load so often, if others send them requests too",
+    )
+    parser.add_argument(
+        "--load-headers",
+        action="store_true",
+        help="ask engines to tell their load with each answer, in ORCA's header",
     )
     parser.add_argument(
         "--record", metavar="FILE", help="a log of decisions that replays; see docs/record-format.md"
@@ -164,7 +173,10 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
     from mulsched.gateway.config import EngineConfig, GatewayConfig
 
     nothing = [None] * len(options.engine)
-    for name, sockets in (("--kv-events", options.kv_events), ("--kv-replay", options.kv_replay)):
+    kv_events = options.kv_events
+    if kv_events == ["auto"]:
+        kv_events = kv_events * len(options.engine)
+    for name, sockets in (("--kv-events", kv_events), ("--kv-replay", options.kv_replay)):
         if len(sockets) not in (0, len(options.engine)):
             raise InvalidArgument(f"{name} goes with each --engine or with none, got {len(sockets)}")
     if options.kv_replay and not options.kv_events:
@@ -175,9 +187,7 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
         raise InvalidArgument("--kv-events needs --tokenizer, since events speak of tokens")
     fields = GatewayConfig.__dataclass_fields__
     given = {name: value for name, value in vars(options).items() if name in fields}
-    engines = tuple(
-        map(EngineConfig, options.engine, options.kv_events or nothing, options.kv_replay or nothing)
-    )
+    engines = tuple(map(EngineConfig, options.engine, kv_events or nothing, options.kv_replay or nothing))
     ranks = options.data_parallel_size
     if ranks < 1:
         raise InvalidArgument(f"--data-parallel-size must be at least 1, got {ranks}")

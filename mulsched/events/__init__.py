@@ -4,6 +4,7 @@ from mulsched.events.apply import apply_batch
 from mulsched.events.batch import EventBatch, KvEvent, content_key
 from mulsched.events.discovery import KvEventSource, discover_kv_events
 from mulsched.events.dynamo import decode_dynamo, decode_dynamo_message
+from mulsched.events.load_header import HeaderLoad, read_load_header
 from mulsched.events.load_poller import LoadPoller
 from mulsched.events.prometheus_text import EngineLoad, read_engine_load
 from mulsched.events.sequence import SequenceTracker
@@ -12,9 +13,14 @@ from mulsched.events.subscriber import KvEventSubscriber
 from mulsched.events.tensorrt_llm import decode_tensorrt_llm
 from mulsched.events.vllm import decode_vllm
 
+KV_DECODERS = {"vllm": decode_vllm, "sglang": decode_sglang}
+"""What a subscriber may decode by, by engine."""
+
 __all__ = [
+    "KV_DECODERS",
     "EngineLoad",
     "EventBatch",
+    "HeaderLoad",
     "KvEvent",
     "KvEventSource",
     "KvEventSubscriber",
@@ -29,4 +35,5 @@ __all__ = [
     "decode_vllm",
     "discover_kv_events",
     "read_engine_load",
+    "read_load_header",
 ]

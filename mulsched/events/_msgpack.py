@@ -3,12 +3,13 @@
 A batch is an array ``[timestamp, events, data-parallel rank]`` or a map of these. An event is a map with a
 ``type`` key, or, from older engines, an array that begins with the type; more fields may follow than are
 known, and those at the end may be missing. A batch is decoded in one piece; if that fails, event by event,
-so that one that cannot be read costs only itself. msgspec believes no length before it has seen the bytes,
-and limits the depth; token ids and hashes, nearly all of the bytes, stay bytes until the core reads them into
-arrays.
+so that one that cannot be read costs only itself, until there are too many of them. msgspec believes no
+length before it has seen the bytes, and limits the depth; token ids and hashes, nearly all of the bytes, stay
+bytes until the core reads them into arrays. What is read in Python is limited: it holds the event loop up.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, cast
@@ -35,9 +36,18 @@ __all__ = ["decode"]
 
 Hash = int | bytes
 Raw = msgspec.Raw
+_NIL = Raw(b"\xc0")
 _UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 _BYTES = (bytes, bytearray, memoryview)
 _KNOWN = ("BlockStored", "BlockRemoved", "AllBlocksCleared")
+
+# A publisher that writes more of these is of a format that is not known, and each costs some microseconds.
+_MAX_MALFORMED = 64
+# In a message: runs, and events that are looked at one by one; docs/events.md has what they take. A step of
+# SGLang with a salt and pages of one token has one for each token, 8,192 if chunks of prefill are as long.
+_MAX_PARTS = 16_384
+# Hashes that are bytes, and keys of content, count as one of these for so many bytes: half a MiB in all.
+_PART_BYTES = 32
 
 
 class StoredMap(msgspec.Struct, tag="BlockStored", gc=False):
@@ -50,7 +60,7 @@ class StoredMap(msgspec.Struct, tag="BlockStored", gc=False):
     lora_id: int | None = None
     medium: str | None = None
     lora_name: str | None = None
-    extra_keys: Any = None
+    extra_keys: Raw = _NIL
     group_idx: int | None = None
     cache_salt: str | None = None
 
@@ -67,6 +77,10 @@ class ClearedMap(msgspec.Struct, tag="AllBlocksCleared", gc=False):
     """AllBlocksCleared with a ``type`` key."""
 
 
+class _Salt(msgspec.Struct, gc=False):
+    cache_salt: str | None = None
+
+
 class StoredArray(msgspec.Struct, tag="BlockStored", array_like=True, gc=False):
     """BlockStored as older engines write it; where vLLM has the adapter's name, SGLang has a map."""
 
@@ -76,15 +90,14 @@ class StoredArray(msgspec.Struct, tag="BlockStored", array_like=True, gc=False):
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
-    lora_name: str | dict[str, Any] | None = None
-    extra_keys: Any = None
+    lora_name: str | _Salt | None = None
+    extra_keys: Raw = _NIL
     group_idx: int | None = None
 
     @property
     def cache_salt(self) -> str | None:
         """The salt in SGLang's map."""
-        salt = self.lora_name.get("cache_salt") if isinstance(self.lora_name, dict) else None
-        return salt if isinstance(salt, str) else None
+        return self.lora_name.cache_salt if isinstance(self.lora_name, _Salt) else None
 
 
 class RemovedArray(msgspec.Struct, tag="BlockRemoved", array_like=True, gc=False):
@@ -106,41 +119,35 @@ WireEvent = MapEvent | ArrayEvent
 
 class _Batch(msgspec.Struct, array_like=True, gc=False):
     ts: float
-    events: list[Raw]
+    events: Raw
     data_parallel_rank: int | None = None
 
 
 class _BatchMap(msgspec.Struct, gc=False):
     ts: float
-    events: list[Raw]
+    events: Raw
     data_parallel_rank: int | None = None
 
 
-class _MapEvents(msgspec.Struct, array_like=True, gc=False):
-    ts: float
-    events: list[MapEvent]
-    data_parallel_rank: int | None = None
+class _ArrayType(msgspec.Struct, array_like=True, gc=False):
+    type: str
 
 
-class _ArrayEvents(msgspec.Struct, array_like=True, gc=False):
-    ts: float
-    events: list[ArrayEvent]
-    data_parallel_rank: int | None = None
-
-
-class _Type(msgspec.Struct, gc=False):
+class _MapType(msgspec.Struct, gc=False):
     type: str
 
 
 _decode_batch = msgspec.msgpack.Decoder(_Batch).decode
 _decode_batch_map = msgspec.msgpack.Decoder(_BatchMap).decode
-_decode_map_events = msgspec.msgpack.Decoder(_MapEvents).decode
-_decode_array_events = msgspec.msgpack.Decoder(_ArrayEvents).decode
+_decode_map_events = msgspec.msgpack.Decoder(list[MapEvent]).decode
+_decode_array_events = msgspec.msgpack.Decoder(list[ArrayEvent]).decode
+_decode_events = msgspec.msgpack.Decoder(list[Raw]).decode
 _decode_map_event = msgspec.msgpack.Decoder(MapEvent).decode
 _decode_array_event = msgspec.msgpack.Decoder(ArrayEvent).decode
-_decode_map_type = msgspec.msgpack.Decoder(_Type).decode
-_decode_array = msgspec.msgpack.Decoder(list[Any]).decode
+_decode_map_type = msgspec.msgpack.Decoder(_MapType).decode
+_decode_array_type = msgspec.msgpack.Decoder(_ArrayType).decode
 _decode_hashes = msgspec.msgpack.Decoder(list[Hash]).decode
+_decode_extra_keys = msgspec.msgpack.Decoder(list[Any]).decode
 
 
 class _Ignored(Exception):
@@ -155,7 +162,10 @@ _Read = WireEvent | _Malformed | None  # None: of a type that is not known
 
 
 def decode(payload: bytes, instance: str, *, group_idx: int, counts_copies: bool) -> EventBatch:
-    """Return the events of a batch. O(bytes). Raises InvalidEvents (the batch itself cannot be read)."""
+    """Return the events of a batch. O(bytes).
+
+    Raises InvalidEvents (the batch itself, or too much of it, cannot be read; too much that is not plain).
+    """
     if not isinstance(payload, _BYTES):
         raise InvalidType(f"payload must be bytes, got {type(payload).__name__}")
     said = _Said(instance, group_idx, counts_copies)
@@ -184,31 +194,44 @@ class _Said:
         self._counts_copies = counts_copies
         self._parts: list[KvEvent | EventRun] = []
         self._removed: list[tuple[str, Any]] = []  # a run of removals, which are often of one block each
+        self._left = _MAX_PARTS
         self.ignored = 0
         self._unknown = self._malformed = 0
         self._removals_lost = self._packed = False
 
+    def spend(self, parts: int) -> None:
+        """Take from what may be looked at. Raises InvalidEvents."""
+        self._left -= parts
+        if self._left < 0:
+            raise InvalidEvents(f"a message must not have more than {_MAX_PARTS} events that are not plain")
+
     def add(self, event: _Read) -> None:
+        self.spend(1)
         try:
             if event is None:
                 self._unknown += 1
             elif isinstance(event, _Malformed):
-                raise event
+                self._lose(event)
             elif isinstance(event, StoredMap | StoredArray):
-                stored = _stored(event, self._instance, self._group_idx, self._counts_copies)
+                stored = _stored(event, self._instance, self._group_idx, self._counts_copies, self.spend)
                 self._end_run()
                 self._parts.append(stored)
             elif isinstance(event, RemovedMap | RemovedArray):
                 _of_group(event.group_idx, self._group_idx)
-                self._removed.append((medium_name(event.medium), _hashes(event.block_hashes)))
+                self._removed.append((medium_name(event.medium), _hashes(event.block_hashes, self.spend)))
             else:
                 self._end_run()
                 self._parts.append(CacheCleared(self._instance))
         except _Ignored:
             self.ignored += 1
         except _Malformed as error:
-            self._malformed += 1
-            self._removals_lost = self._removals_lost or str(error) != "BlockStored"
+            self._lose(error)
+
+    def _lose(self, event: _Malformed) -> None:
+        self._malformed += 1
+        if self._malformed > _MAX_MALFORMED:
+            raise InvalidEvents(f"more than {_MAX_MALFORMED} events of a message cannot be read") from None
+        self._removals_lost = self._removals_lost or str(event) != "BlockStored"
 
     def add_run(
         self,
@@ -225,6 +248,7 @@ class _Said:
         lora = _lora(lora_name, lora_id)
         namespace = None if lora is None else Namespace(lora=lora)
         name = medium_name(medium)
+        self.spend(1 if name == "GPU" else len(table))  # what lies elsewhere is applied one by one
         self._parts.append(
             EventRun(self._instance, table, hashes, tokens, block_size, namespace, name, self._counts_copies)
         )
@@ -259,18 +283,26 @@ def _is_map(data: Any) -> bool:
     return len(data) > 0 and (data[0] & 0xF0 == 0x80 or data[0] in (0xDE, 0xDF))
 
 
-def _read(payload: bytes) -> tuple[_Batch | _BatchMap | _MapEvents | _ArrayEvents, Sequence[_Read]]:
-    for decode_events in (_decode_map_events, _decode_array_events):
-        try:
-            batch = decode_events(payload)
-            return batch, batch.events
-        except _UNREADABLE:
-            pass
+def _read(payload: bytes) -> tuple[_Batch | _BatchMap, Iterable[_Read]]:
     try:
-        raws = (_decode_batch_map if _is_map(payload) else _decode_batch)(payload)
+        batch = (_decode_batch_map if _is_map(payload) else _decode_batch)(payload)
+        if _length(batch.events) > _MAX_PARTS:
+            raise InvalidEvents(f"a message must not have more than {_MAX_PARTS} events that are not plain")
+        for decode_events in (_decode_map_events, _decode_array_events):
+            with contextlib.suppress(*_UNREADABLE):
+                return batch, decode_events(batch.events)
+        raws = _decode_events(batch.events)
     except _UNREADABLE as error:
         raise InvalidEvents(f"not a batch of KV events: {error}") from None
-    return raws, [_read_event(memoryview(raw)) for raw in raws.events]
+    return batch, (_read_event(memoryview(raw)) for raw in raws)
+
+
+def _length(raw: msgspec.Raw) -> int:
+    """Return how many items an array claims; 0 if it is none."""
+    data = memoryview(raw)
+    if data[0] & 0xF0 == 0x90:
+        return data[0] & 0x0F
+    return int.from_bytes(data[1 : 3 if data[0] == 0xDC else 5], "big") if data[0] in (0xDC, 0xDD) else 0
 
 
 def _read_event(data: memoryview) -> _Read:
@@ -281,10 +313,10 @@ def _read_event(data: memoryview) -> _Read:
     except _UNREADABLE:
         pass
     try:
-        tag = _decode_map_type(data).type if is_map else _decode_array(data)[0]
-    except (*_UNREADABLE, IndexError):
+        tag = (_decode_map_type if is_map else _decode_array_type)(data).type
+    except _UNREADABLE:
         tag = None
-    return None if isinstance(tag, str) and tag not in _KNOWN else _Malformed(tag)
+    return _Malformed(tag) if tag is None or tag in _KNOWN else None
 
 
 def _of_group(event_group: int | None, group_idx: int) -> None:
@@ -292,10 +324,11 @@ def _of_group(event_group: int | None, group_idx: int) -> None:
         raise _Ignored
 
 
-def _hashes(raw: msgspec.Raw) -> NDArray[np.uint64] | list[EngineHash]:
+def _hashes(raw: msgspec.Raw, spend: Callable[[int], None]) -> NDArray[np.uint64] | list[EngineHash]:
     words = unpack_uint64(raw)
     if words is not None:
         return words
+    spend(len(memoryview(raw)) // _PART_BYTES)
     try:
         hashes: list[EngineHash] = _decode_hashes(raw)
         return hashes
@@ -308,14 +341,18 @@ def _lora(name: str | None, lora_id: int | None) -> str | None:
 
 
 def _stored(
-    event: StoredMap | StoredArray, instance: str, group_idx: int, counts_copies: bool
+    event: StoredMap | StoredArray,
+    instance: str,
+    group_idx: int,
+    counts_copies: bool,
+    spend: Callable[[int], None],
 ) -> BlockStored:
     _of_group(event.group_idx, group_idx)
     tokens = unpack_uint32(event.token_ids)
     if tokens is not None and len(tokens) == 0:
         raise _Ignored  # vLLM's offloading may name a block and not say what is in it
     try:
-        hashes = _hashes(event.block_hashes)
+        hashes = _hashes(event.block_hashes, spend)
     except _Malformed:
         raise _Malformed("BlockStored") from None
     if tokens is None or len(tokens) != len(hashes) * event.block_size:
@@ -323,8 +360,9 @@ def _stored(
     lora = _lora(event.lora_name if isinstance(event.lora_name, str) else None, event.lora_id)
     parent = event.parent_block_hash
     salt, contents = event.cache_salt, None
-    if event.extra_keys is not None:
-        salt, contents = _extra_keys(event, len(hashes), lora)
+    if event.extra_keys != _NIL:
+        spend(len(memoryview(event.extra_keys)) // _PART_BYTES)
+        salt, contents = _extra_keys(event, event.extra_keys, len(hashes), lora)
     return BlockStored(
         instance,
         hashes,
@@ -340,7 +378,7 @@ def _stored(
 
 
 def _extra_keys(
-    event: StoredMap | StoredArray, n_blocks: int, lora: str | None
+    event: StoredMap | StoredArray, raw: msgspec.Raw, n_blocks: int, lora: str | None
 ) -> tuple[str | None, list[bytes | None] | None]:
     """Return the cache salt, if these blocks start a prompt, and the content key of each block.
 
@@ -349,9 +387,12 @@ def _extra_keys(
     list content by a bare identifier; in a first block that cannot be told from a salt, and is taken for
     one.
     """
-    blocks = event.extra_keys
-    if not isinstance(blocks, list) or len(blocks) != n_blocks:
+    if _length(raw) != n_blocks:
         raise _Malformed("BlockStored")
+    try:
+        blocks = _decode_extra_keys(raw)
+    except _UNREADABLE:
+        raise _Malformed("BlockStored") from None
     salt = None
     contents: list[bytes | None] = []
     for position, keys in enumerate(blocks):

@@ -36,6 +36,16 @@ class _Removed(msgspec.Struct, gc=False):
     block_hashes: list[int]
 
 
+class _Level(msgspec.Struct, gc=False):
+    old_value: int
+    new_value: int
+
+
+class _Updated(msgspec.Struct, gc=False):
+    block_hash: int
+    cache_level: _Level | None = None  # null if the priority alone changed
+
+
 class _Event(msgspec.Struct, gc=False):
     event_id: int
     data: dict[str, Any]
@@ -52,8 +62,9 @@ def decode_tensorrt_llm(
     """Return the events of one answer, a JSON list.
 
     ``window_size``: only events of this attention window, for models that have several; None for all.
-    A block that is not full ends its event: what follows it cannot be shared. ``updated`` events are ignored,
-    so a block that was moved to the host's memory counts as held until it is removed altogether.
+    A block that is not full ends its event: what follows it cannot be shared. A block that an ``updated``
+    event moves off the GPU (cache level 0) is removed; one that is moved back stays so, since the event does
+    not say what is in it. So the router may know less than the engine holds, and never more.
     ``event_ids`` are those of all events: a hole between two answers means that the engine's buffer ran
     over, and the cache should be cleared. O(bytes). Raises InvalidEvents.
     """
@@ -66,7 +77,7 @@ def decode_tensorrt_llm(
     removals_lost = False
     for event in wire:
         kind = event.data.get("type")
-        if kind in ("created", "updated") or (window_size is not None and event.window_size != window_size):
+        if kind == "created" or (window_size is not None and event.window_size != window_size):
             ignored += 1
             continue
         try:
@@ -76,6 +87,13 @@ def decode_tensorrt_llm(
                     ignored += 1
                 else:
                     events.append(stored)
+            elif kind == "updated":
+                updated = msgspec.convert(event.data, _Updated)
+                if updated.cache_level is not None and updated.cache_level.new_value > 0:
+                    gone = np.array([updated.block_hash], dtype=np.uint64)
+                    events.append(BlockRemoved(instance, gone))
+                else:
+                    ignored += 1
             elif kind == "removed":
                 removed = msgspec.convert(event.data, _Removed)
                 events.append(BlockRemoved(instance, np.array(removed.block_hashes, dtype=np.uint64)))

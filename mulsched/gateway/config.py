@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from mulsched.errors import InvalidArgument, InvalidType
+from mulsched.events import KV_DECODERS
 
 __all__ = ["EngineConfig", "GatewayConfig"]
 
@@ -22,6 +23,7 @@ _OWN_HEADERS = frozenset((
 class EngineConfig:
     """An engine: ``url`` such as ``http://10.0.0.7:8000``, and where its KV events come from, if they do.
 
+    ``kv_events``: an endpoint, or ``"auto"`` to ask the engine, whose cache is predicted if it does not tell.
     ``rank``: of several data-parallel ranks at that URL, each an engine here, the one that this is; requests
     name it in vLLM's header. Raises InvalidArgument.
     """
@@ -39,7 +41,11 @@ class EngineConfig:
             sound = False
         if not sound or parts.query or parts.fragment or parts.username is not None:
             raise InvalidArgument(f"an engine must be a URL such as http://10.0.0.7:8000, got {self.url!r}")
-        for endpoint in (self.kv_events, self.kv_replay):
+        if self.kv_events == "auto" and self.kv_replay is not None:
+            raise InvalidArgument(
+                f"an engine that is asked for its endpoints has no kv_replay, got {self.kv_replay!r}"
+            )
+        for endpoint in (None if self.kv_events == "auto" else self.kv_events, self.kv_replay):
             if endpoint is not None and _ENDPOINT.fullmatch(endpoint) is None:
                 raise InvalidArgument(f"an endpoint such as tcp://10.0.0.7:5557 expected, got {endpoint!r}")
 
@@ -58,7 +64,7 @@ class EngineConfig:
 
 
 def _offset(endpoint: str | None, rank: int) -> str | None:
-    if endpoint is None or rank == 0:
+    if endpoint is None or endpoint == "auto" or rank == 0:
         return endpoint
     host, _, port = endpoint.rpartition(":")
     if not port.isdigit():
@@ -72,12 +78,14 @@ def _offset(endpoint: str | None, rank: int) -> str | None:
 class GatewayConfig:
     """All settings of a gateway. Defaults are arbitrary where no other source is named.
 
-    ``policy``: as of :class:`~mulsched.Router`. ``block_size``: tokens in a block of the engines; 16 as in
-    vLLM. ``kv_tokens``: the size of each engine's KV cache, for the prediction of what it holds; None asks
-    the engine's metrics for it, and takes 100,000 where they do not tell. ``prefill_tokens_per_s``: what an
-    engine computes of prompts, for answers that are not streamed, whose first token is not seen; None keeps
-    their prompts in the queue term until they end. ``poll_load_s``: how often engines' metrics are asked for
-    their load, to count requests that come from elsewhere; None does not.
+    ``policy``: as of :class:`~mulsched.Router`. ``kv_format``: of KV events, ``vllm`` or ``sglang``.
+    ``block_size``: tokens in a block of the engines; 16 as in vLLM. ``kv_tokens``: the size of each engine's
+    KV cache, for the prediction of what it holds; None asks the engine's metrics for it, and takes 100,000
+    where they do not tell. ``prefill_tokens_per_s``: what an engine computes of prompts, for answers that are
+    not streamed, whose first token is not seen; None keeps their prompts in the queue term until they end.
+    ``poll_load_s``: how often engines' metrics are asked for their load, to count requests that come from
+    elsewhere; None does not.
+    ``load_headers``: engines are asked to tell their load with each answer, in ORCA's header.
 
     ``api_keys``: clients must send one of them; none: everyone may. ``engine_api_key``: sent to engines.
     ``forward_headers``: headers of clients that go on to engines besides those that always do.
@@ -93,11 +101,13 @@ class GatewayConfig:
 
     engines: tuple[EngineConfig, ...]
     policy: str = "lmetric"
+    kv_format: str = "vllm"
     seed: int = 0
     block_size: int = 16
     kv_tokens: int | None = None
     prefill_tokens_per_s: float | None = None
     poll_load_s: float | None = None
+    load_headers: bool = False
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     engine_api_key: str | None = field(default=None, repr=False)
     forward_headers: tuple[str, ...] = ()
@@ -123,6 +133,10 @@ class GatewayConfig:
         names = [engine.name for engine in self.engines]
         if len(set(names)) < len(names):
             raise InvalidArgument(f"each engine may be given once, got {', '.join(names)}")
+        if self.kv_format not in KV_DECODERS:
+            raise InvalidArgument(
+                f"kv_format must be one of {', '.join(KV_DECODERS)}, got {self.kv_format!r}"
+            )
         for name in ("block_size", "max_body_bytes", "max_in_flight", "max_attempts"):
             self._check(name, int)
         for name in ("eject_after", "readmit_after"):

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from mulsched.errors import MissingExtra, UnknownInstance
-from mulsched.events import KvEventSubscriber, LoadPoller
+from mulsched.events import KV_DECODERS, KvEventSource, KvEventSubscriber, LoadPoller, discover_kv_events
+from mulsched.events._http import FAILURES
 from mulsched.gateway.config import EngineConfig, GatewayConfig
 from mulsched.gateway.logs import Log
 from mulsched.gateway.models import Models, fetch_models
@@ -44,7 +45,7 @@ class Engine:
         self.counts: Counter[str] = Counter()
         """``requests`` sent, ``retries`` of them that came from another engine, ``failures``, ``ejections``;
         ``prompt_tokens`` and ``hit_tokens`` as decisions expected them, ``reported_prompt_tokens`` and
-        ``reported_cached_tokens`` as answers told."""
+        ``reported_cached_tokens`` as answers told; ``load_headers``, ``malformed_load_headers``."""
         self.statuses: Counter[int] = Counter()
         self._failures = 0
         self._successes = 0
@@ -229,7 +230,7 @@ class Fleet:
 
     def _eject(self, engine: Engine) -> None:
         engine.counts["ejections"] += 1
-        if engine.config.kv_events is None and engine.name in self._lifecycle.router.instances:
+        if engine.name not in self.subscribers and engine.name in self._lifecycle.router.instances:
             self._lifecycle.remove_instance(engine.name)
         self._refresh()
 
@@ -238,19 +239,48 @@ class Fleet:
             return
         self._admitting.add(engine.name)
         try:
-            cache_blocks = None if engine.config.kv_events else await self._cache_blocks(engine)
+            source = await self._kv_source(engine)
+            cache_blocks = None if source else await self._cache_blocks(engine)
             if engine.state == "healthy":  # it may have been ejected meanwhile
                 self._lifecycle.router.add_instance(engine.name, cache_blocks=cache_blocks)
-                self._follow(engine)
+                self._follow(engine, source)
         finally:
             self._admitting.discard(engine.name)
         self._refresh()
 
-    def _follow(self, engine: Engine) -> None:
+    async def _kv_source(self, engine: Engine) -> KvEventSource | None:
+        """Return where an engine publishes its KV events; None if its cache is to be predicted."""
+        config = engine.config
+        if config.kv_events is None:
+            return None
+        if config.kv_events != "auto":
+            return KvEventSource(config.rank or 0, config.kv_events, config.kv_replay, "")
+        try:
+            sources = await discover_kv_events(
+                config.url, timeout_s=self._config.health_timeout_s, session=self._session
+            )
+        except FAILURES as error:
+            self._log("kv_events_unknown", instance=engine.name, reason=type(error).__name__)
+            return None
+        own = [source for source in sources if config.rank in (None, source.rank)]
+        if len(own) != 1:
+            self._log("kv_events_unknown", instance=engine.name, reason=f"{len(own)} publishers")
+            return None
+        self._log("kv_events", instance=engine.name, endpoint=own[0].endpoint, replay=own[0].replay_endpoint)
+        return own[0]
+
+    def _follow(self, engine: Engine, source: KvEventSource | None) -> None:
         """Begin to hear of an engine's cache and load, once; both go on while it is ejected."""
         router, name, config = self._lifecycle.router, engine.name, engine.config
-        if config.kv_events is not None and name not in self.subscribers:
-            subscriber = KvEventSubscriber(router, name, config.kv_events, replay_endpoint=config.kv_replay)
+        if source is not None and name not in self.subscribers:
+            subscriber = KvEventSubscriber(
+                router,
+                name,
+                source.endpoint,
+                replay_endpoint=source.replay_endpoint,
+                topic=source.topic,
+                decode=KV_DECODERS[self._config.kv_format],
+            )
             self.subscribers[name] = subscriber
             self._tasks.append(asyncio.create_task(subscriber.run(), name=f"KV events of {name}"))
         period_s = self._config.poll_load_s

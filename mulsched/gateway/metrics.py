@@ -27,6 +27,8 @@ _PER_ENGINE = (
     ("hit_tokens", "Of these, expected to be cached."),
     ("reported_prompt_tokens", "Of prompts, as usage in answers says."),
     ("reported_cached_tokens", "Of these, cached."),
+    ("load_headers", "Answers that told the instance's load."),
+    ("malformed_load_headers", "Answers that told it in a way that cannot be read."),
 )
 
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mulsched.decision import Decision
-from mulsched.errors import MissingExtra
+from mulsched.errors import InvalidEvents, MissingExtra, UnknownInstance
+from mulsched.events.load_header import LOAD_FORMAT_HEADER, LOAD_HEADER, read_load_header
 from mulsched.gateway.answers import AnswerWatch
 from mulsched.gateway.config import GatewayConfig
 from mulsched.gateway.fleet import Engine, Fleet
@@ -237,6 +239,8 @@ class Proxy:
         headers["X-Request-Id"] = exchange.shown_id
         if self._authorization is not None:
             headers["Authorization"] = self._authorization
+        if self._config.load_headers:
+            headers[LOAD_FORMAT_HEADER] = "TEXT"
         if engine.config.rank is not None:
             headers["X-data-parallel-rank"] = str(engine.config.rank)
         return headers
@@ -260,6 +264,8 @@ class Proxy:
             except _FAILURES as error:
                 raise self._failure(engine, error) from None
             self._heed(exchange, engine, answer)
+            if self._config.load_headers:
+                self._heed_load(engine, answer.headers.getall(LOAD_HEADER, ()))
             return await self._relay(exchange, engine, answer, first)
         finally:
             engine.in_flight -= 1
@@ -286,6 +292,22 @@ class Proxy:
         else:  # engines do not redirect, and where to is nothing to follow or to pass on
             raise _Failed(f"status {answer.status}", elsewhere=False)
 
+    def _heed_load(self, engine: Engine, told: Sequence[str]) -> None:
+        """Report the load that an answer tells of its engine; what is odd is counted and changes nothing."""
+        if not told:
+            return
+        router = self._lifecycle.router
+        try:
+            load = read_load_header(", ".join(told))
+            if load.waiting is not None:
+                running = router.load(engine.name)["running"] if load.running is None else load.running
+                router.report_load(engine.name, running=running, waiting=load.waiting, now=self._clock())
+            engine.counts["load_headers"] += 1
+        except InvalidEvents:
+            engine.counts["malformed_load_headers"] += 1
+        except UnknownInstance:  # it was ejected meanwhile
+            pass
+
     async def _relay(
         self, exchange: _Exchange, engine: Engine, answer: aiohttp.ClientResponse, piece: bytes
     ) -> web.StreamResponse:
@@ -294,6 +316,8 @@ class Proxy:
         exchange.status = answer.status
         headers = _returned(answer)
         headers["X-Request-Id"] = exchange.shown_id
+        if self._config.load_headers:
+            headers.popall(LOAD_HEADER, None)  # the client has not asked for it
         if streamed:
             headers.setdefault("X-Accel-Buffering", "no")  # tells an nginx in front not to hold it back
         reply = _Reply(status=answer.status, headers=headers)

@@ -10,6 +10,9 @@ import sys
 import grpc
 import pytest
 from bounded import killed_after
+from fake_engine import FakeEngine, answers
+from kv_publisher import Publisher, until
+from kv_wire import batch, removed, stored
 from test_envoy_server import ask, process
 
 from mulsched import Lifecycle, Router
@@ -106,5 +109,23 @@ def test_an_endpoint_is_watched_by_its_metrics_and_its_events():
         writer.close()
         fleet.close()
         await asyncio.wait_for(engine.stop(), 10)
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+@pytest.mark.parametrize(("kv_format", "left"), [("vllm", 1), ("sglang", 0)])
+def test_a_block_announced_twice_is_a_copy_for_vllm_alone(kv_format, left):
+    async def run():
+        router = Router(block_size=4)
+        async with FakeEngine(answers()) as engine, Publisher() as publisher:
+            sources = {0: {"endpoint": publisher.endpoint, "replay_endpoint": publisher.replay_endpoint}}
+            engine.kv_event_sources = json.dumps(sources).encode()
+            fleet = Fleet(Lifecycle(router), watches=[kv_events_of(router, kv_format=kv_format)])
+            fleet.add(engine.name)
+            await publisher.subscribed()
+            twice = stored([7], [1] * 4)
+            await publisher.publish(batch(twice, twice, stored([8], [2] * 4), removed([7])))
+            await until(lambda: router.index.blocks(engine.name) == left + 1)
+            fleet.close()
 
     asyncio.run(asyncio.wait_for(run(), 30))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_wire import ENCODINGS, batch, cleared, removed, stored
 
+import mulsched
 from mulsched import Namespace, Router, block_keys
 from mulsched.events import apply_batch, content_key, decode_dynamo, decode_sglang, decode_vllm
 
@@ -123,6 +124,40 @@ def test_what_the_router_refuses_is_counted_by_the_name_of_its_error():
     assert {name: n for name, n in counts.items() if n} == {
         "BlockSizeMismatch": 1, "UnknownBlock": 1, "blocks_stored": 4, "blocks_removed": 2, "caches_cleared": 1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("removal", [[], [removed([1])]])
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"medium": "CPU"},
+        {"medium": "CPU", "block_size": 8, "token_ids": [1] * 8},
+        {"block_size": 8, "token_ids": [1] * 8},
+    ],
+    ids=["medium", "medium and size", "size"],
+)
+def test_a_run_that_does_not_count_costs_the_same_for_any_number_of_events(refused, removal, monkeypatch):
+    if mulsched.BACKEND != "native":
+        return  # there are no runs
+    router = Router(block_size=4)
+    router.add_instance("gpu-0")
+    calls = []
+
+    def counted(function):
+        return lambda *arguments: (calls.append(function), function(*arguments))[1]
+
+    for name in ("apply", "apply_run"):
+        monkeypatch.setattr(Router, name, counted(getattr(Router, name)))
+    counts = Counter()
+    odd = [stored([n], [1] * 4) | refused for n in range(100)]
+    medium = {"medium": refused.get("medium")}
+    events = [*odd, *[r | medium for r in removal], *odd]
+    apply_batch(router, decode_vllm(batch(*events), "gpu-0"), counts)
+    name = "events_of_other_media" if "medium" in refused else "BlockSizeMismatch"
+    on_gpu = "medium" not in refused
+    assert counts[name] == 200 + (len(removal) if not on_gpu else 0)
+    assert counts["blocks_removed"] == (len(removal) if on_gpu else 0)
+    assert len(calls) <= 2
 
 
 OPERATIONS = st.lists(

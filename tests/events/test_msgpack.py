@@ -398,10 +398,101 @@ def test_runs_end_where_the_adapter_or_the_medium_changes():
 
 
 def test_a_message_of_events_that_are_none_does_not_become_a_part_for_each():
-    payload = msgspec.msgpack.encode([1.0, [None] * 100_000, 0])
-    decoded = decode_vllm(payload, "a")
-    assert (decoded.malformed, list(decoded.events)) == (100_000, [])
-    assert split_kv_events(payload, 0) is None
+    assert split_kv_events(msgspec.msgpack.encode([1.0, [None] * 100_000, 0]), 0) is None
+
+
+# -- how much is looked at ----------------------------------------------------------------------------------------
+
+BAD = [
+    None,
+    [],
+    {"type": 1},
+    ["BlockRemoved", 7],
+    stored([7], TOKENS),
+    stored([7, 8], TOKENS, extra_keys=[None, 1.5]),
+]
+LIMIT = 16_384
+NOT_PLAIN = {
+    "unknown types": ["Touched"],
+    "clearings": ["AllBlocksCleared"],
+    "removals of hashes that are bytes": ["BlockRemoved", [b""]],
+    "salts": stored([7], TOKENS[:4], extra_keys=[["salt"]]),
+    "stores elsewhere": stored([7], TOKENS[:4], medium="CPU"),
+}
+
+
+class Counted:
+    """Calls of the decoders and readers of single events."""
+
+    def __init__(self, patch):
+        self.calls = 0
+        for name in ("_decode_map_event", "_decode_array_event", "_decode_map_type", "_decode_array_type"):
+            patch.setattr(_msgpack, name, self._counting(getattr(_msgpack, name)))
+        patch.setattr(_msgpack, "_stored", self._counting(_msgpack._stored))
+        patch.setattr(_msgpack, "_hashes", self._counting(_msgpack._hashes))
+
+    def _counting(self, function):
+        def counted(*arguments):
+            self.calls += 1
+            return function(*arguments)
+
+        return counted
+
+
+@pytest.mark.parametrize("framing", [[1.0, ..., 0], [1, ..., 0], {"ts": 1.0, "events": ...}])
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+def test_a_message_is_given_up_after_64_events_that_cannot_be_read(bad, framing, monkeypatch):
+    def message(n):
+        events = [removed([1]), *[bad] * n]
+        if isinstance(framing, dict):
+            return msgspec.msgpack.encode(framing | {"events": events})
+        return msgspec.msgpack.encode([events if part is ... else part for part in framing])
+
+    assert decode_vllm(message(64), "a").malformed == 64
+    counted = Counted(monkeypatch)
+    with pytest.raises(InvalidEvents, match="more than 64 events of a message cannot be read"):
+        decode_vllm(message(10_000), "a")
+    assert counted.calls <= 5 * 65
+
+
+@pytest.mark.parametrize("event", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_a_message_is_given_up_after_16384_events_that_are_not_plain(event, monkeypatch):
+    decode_vllm(msgspec.msgpack.encode([1.0, [event] * LIMIT, 0]), "a")
+    counted = Counted(monkeypatch)
+    with pytest.raises(InvalidEvents, match="must not have more than 16384 events that are not plain"):
+        decode_vllm(msgspec.msgpack.encode([1.0, [event] * 60_000, 0]), "a")
+    assert counted.calls <= 3 * (LIMIT + 1)
+
+
+def test_a_message_claims_how_many_events_it_has_and_too_many_are_not_looked_at(monkeypatch):
+    counted = Counted(monkeypatch)
+    for framing in ([1, [None] * 100_000], {"ts": 1.0, "events": [None] * 100_000}):
+        with pytest.raises(InvalidEvents, match="must not have more than 16384"):
+            decode_vllm(msgspec.msgpack.encode(framing), "a")
+    assert counted.calls == 0
+
+
+@pytest.mark.parametrize(
+    "event",
+    [removed([b""] * 300_000), stored([7], TOKENS[:4], extra_keys=[["a"] * 300_000])],
+    ids=["hashes", "keys"],
+)
+def test_one_event_must_not_have_what_many_may_not(event, monkeypatch):
+    decoded = []
+    for name in ("_decode_hashes", "_decode_extra_keys"):
+        monkeypatch.setattr(_msgpack, name, decoded.append)
+    with pytest.raises(InvalidEvents, match="must not have more than 16384"):
+        decode_vllm(batch(event), "a")
+    assert decoded == []
+
+
+def test_what_an_engine_writes_of_a_long_prompt_is_within_the_limits():
+    pages = [stored([n], [n], n - 1 if n else None, block_size=1, cache_salt="s") for n in range(8_192)]
+    assert len(decode_sglang(batch(*pages), "a").events) == 8_192
+    n = 10_000
+    hashes = [b"%032d" % i for i in range(n)]
+    [event] = decode_vllm(batch(stored(hashes, [70_000] * 16 * n, block_size=16)), "a").events
+    assert len(event.block_hashes) == n
 
 
 @pytest.mark.parametrize("claimed", [2**32 - 1, 100_000])

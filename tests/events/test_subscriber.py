@@ -193,7 +193,7 @@ def test_malformed_messages_are_counted_and_passed_over():
     run(scenario)
 
 
-@pytest.mark.parametrize("payload", [b"\xc1", batch(removed(["x"]))])
+@pytest.mark.parametrize("payload", [b"\xc1", batch(removed(["x"])), batch(*[None] * 65)])
 def test_a_message_whose_removals_are_lost_clears(payload):
     async def scenario(router, publisher, subscriber):
         async with subscriber:

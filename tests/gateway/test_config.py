@@ -59,6 +59,7 @@ def test_an_instance_has_the_name_of_its_address():
         ({"forward_headers": ("Transfer-Encoding",)}, InvalidArgument),
         ({"forward_headers": ("a b",)}, InvalidArgument),
         ({"health_path": "health"}, InvalidArgument),
+        ({"kv_format": "trt"}, InvalidArgument),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(setting, error):
@@ -90,12 +91,15 @@ def test_the_command_passes_on_what_it_is_given(tmp_path):
                 "k",
             ),
             *("--api-key", f"@{key}", "--engine-api-key", "e", "--forward-header", "X-Tenant"),
+            *("--kv-format", "sglang", "--load-headers"),
             *("--read-timeout", "5", "--max-in-flight", "7", "--kv-tokens", "1000"),
         )
     )
     assert config == GatewayConfig(
         (EngineConfig("http://a:1"), EngineConfig("http://b:2")),
         policy="round_robin",
+        kv_format="sglang",
+        load_headers=True,
         api_keys=("k", "from-a-file"),
         engine_api_key="e",
         forward_headers=("X-Tenant",),
@@ -109,6 +113,13 @@ def test_events_are_given_for_each_engine():
     two = ("--engine", "http://a:1", "--engine", "http://b:2", "--tokenizer", "t")
     config = serve._config(options(*two, "--kv-events", "tcp://a:5", "--kv-events", "tcp://b:5"))
     assert [engine.kv_events for engine in config.engines] == ["tcp://a:5", "tcp://b:5"]
+
+
+def test_each_engine_and_rank_may_be_asked_for_its_events():
+    two = ("--engine", "http://a:1", "--engine", "http://b:2", "--tokenizer", "t", "--kv-events", "auto")
+    for ranks in (1, 2):
+        config = serve._config(options(*two, "--data-parallel-size", str(ranks)))
+        assert [engine.kv_events for engine in config.engines] == ["auto"] * 2 * ranks
 
 
 def test_each_rank_is_an_instance_with_ports_of_its_own():
@@ -130,6 +141,13 @@ def test_each_rank_is_an_instance_with_ports_of_its_own():
             "--kv-events goes with",
         ),
         (["--engine", "http://a:1", "--kv-events", "tcp://a:5"], "--kv-events needs --tokenizer"),
+        (
+            [
+                *("--engine", "http://a:1", "--kv-events", "auto", "--kv-replay", "tcp://a:5"),
+                *("--tokenizer", "t"),
+            ],
+            "has no kv_replay",
+        ),
         (["--engine", "http://a:1", "--kv-replay", "tcp://a:5"], "--kv-replay goes with --kv-events"),
         (["--engine", "http://a:1", "--data-parallel-size", "0"], "--data-parallel-size must be at least 1"),
         (

@@ -6,6 +6,8 @@ import json
 import pytest
 from fake_engine import FakeEngine, answers, dies, streams
 from gateway_harness import ASK, CHAT, Front, run
+from kv_publisher import Publisher, until
+from kv_wire import batch, removed, stored
 
 from mulsched.gateway import EngineConfig, PromptReader
 from mulsched.mock_engine.engine import MockEngine
@@ -276,6 +278,42 @@ def test_load_from_elsewhere_counts_where_engines_are_polled():
     run(scenario, answers(), answers(), before=tell, poll_load_s=3600.0)
 
 
+TOLD = "endpoint-load-metrics: TEXT named_metrics.num_requests_waiting={}"
+
+
+def test_load_from_elsewhere_counts_where_answers_tell_it():
+    async def scenario(front):
+        asked = [await front.post("/v1/completions", {"prompt": "hello"}) for _ in range(4)]
+        assert [len(engine.asked) for engine in front.engines] == [1, 3]
+        load = front.gateway.lifecycle.router.load(front.engines[0].name)
+        assert (load["waiting"], load["running"]) == (7 - 1, 0)  # one of seven may be the gateway's own
+        assert front.engines[0].asked[0].header("endpoint-load-metrics-format") == ["TEXT"]
+        assert all("endpoint-load-metrics" not in headers for _, _, headers in asked)
+
+    run(scenario, answers(extra=[TOLD.format(7)]), answers(extra=[TOLD.format(0)]), load_headers=True)
+
+
+def test_load_in_answers_that_cannot_be_read_is_counted_and_changes_nothing():
+    async def scenario(front):
+        await front.post("/v1/completions", {"prompt": "hello"})
+        engine = front.gateway.fleet.engines[front.engines[0].name]
+        assert (engine.counts["load_headers"], engine.counts["malformed_load_headers"]) == (0, 1)
+        assert front.gateway.lifecycle.router.load(engine.name)["waiting"] == 0
+        assert "mulsched_instance_malformed_load_headers_total" in (await front.get("/metrics"))[1]
+
+    run(scenario, answers(extra=[TOLD.format("many")]), load_headers=True)
+
+
+def test_load_in_answers_is_neither_asked_for_nor_heeded_by_default():
+    async def scenario(front):
+        _, _, headers = await front.post("/v1/completions", {"prompt": "hello"})
+        assert headers["endpoint-load-metrics"].startswith("TEXT")
+        assert front.engines[0].asked[0].header("endpoint-load-metrics-format") == []
+        assert front.gateway.lifecycle.router.load(front.engines[0].name)["waiting"] == 0
+
+    run(scenario, answers(extra=[TOLD.format(7)]))
+
+
 @pytest.mark.parametrize(
     ("page", "given", "blocks"),
     [
@@ -303,7 +341,8 @@ def encode(text, *, whole):
     return ByteTokenizer().encode(text)
 
 
-def test_kv_events_tell_what_an_engine_has_cached():
+@pytest.mark.parametrize("auto", [False, True])
+def test_kv_events_tell_what_an_engine_has_cached(auto):
     """An engine of its own that publishes, two requests, and no prediction of what it holds."""
 
     async def scenario():
@@ -312,7 +351,8 @@ def test_kv_events_tell_what_an_engine_has_cached():
             MockEngine("gpu-0", PROFILE), ByteTokenizer(), model="m", clock=lambda: 1.5, publisher=publisher
         )
         url = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
-        engine = EngineConfig(url, publisher.endpoint, publisher.replay_endpoint)
+        given = ("auto",) if auto else (publisher.endpoint, publisher.replay_endpoint)
+        engine = EngineConfig(url, *given)
         async with Front((), engines=(engine,), prompts=PromptReader(16, encode)) as front:
             ask = {"prompt": "x" * 16 * 4 * 5, "max_tokens": 1}
             await front.post("/v1/completions", ask)
@@ -322,6 +362,58 @@ def test_kv_events_tell_what_an_engine_has_cached():
             assert [line["hit"] for line in front.requests_logged()] == [0, 16 * 5]
             assert [line["reported_cached_tokens"] for line in front.requests_logged()] == [0, 16 * 5]
         await server.stop()
+
+    async def guarded():
+        async with asyncio.timeout(60):
+            await scenario()
+
+    asyncio.run(guarded())
+
+
+@pytest.mark.parametrize(("kv_format", "left"), [("vllm", 1), ("sglang", 0)])
+def test_a_block_announced_twice_is_a_copy_for_vllm_alone(kv_format, left):
+    async def scenario():
+        async with FakeEngine(answers()) as fake, Publisher() as publisher:
+            engine = EngineConfig(fake.url, publisher.endpoint, publisher.replay_endpoint)
+            options = {"engines": (engine,), "prompts": PromptReader(16, encode), "kv_format": kv_format}
+            async with Front((), **options) as front:
+                twice = stored([7], [1] * 16, block_size=16)
+                subscriber = front.gateway.fleet.subscribers[engine.name]
+                await until(lambda: subscriber.state == "known")
+                await publisher.subscribed()
+                await publisher.publish(batch(twice, twice, removed([7])))
+                await until(lambda: subscriber.counts["blocks_removed"])
+                assert front.gateway.lifecycle.router.index.blocks(engine.name) == left
+
+    async def guarded():
+        async with asyncio.timeout(60):
+            await scenario()
+
+    asyncio.run(guarded())
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (None, "0 publishers"),
+        (b"{}", "0 publishers"),
+        (b'{"0": {"endpoint": "tcp://*:1"}, "1": {"endpoint": "tcp://*:2"}}', "2 publishers"),
+        (b"[]", "InvalidEvents"),
+    ],
+)
+def test_an_engine_that_does_not_tell_of_its_events_is_routed_by_prediction_and_logged(told, reason):
+    async def scenario():
+        async with FakeEngine(answers()) as fake:
+            fake.kv_event_sources = told
+            engine = EngineConfig(fake.url, "auto")
+            async with Front((), engines=(engine,), prompts=PromptReader(16, encode)) as front:
+                await front.post("/v1/completions", {"prompt": "x" * 16 * 4 * 5})
+                assert front.gateway.lifecycle.router.index.blocks(engine.name) > 0
+                [line] = [line for line in front.logged if line["event"] == "kv_events_unknown"]
+                assert (line["instance"], line["reason"]) == (engine.name, reason)
+                fake.healthy = False
+                await check(front, 3)
+                assert front.gateway.lifecycle.router.instances == ()  # what it held is forgotten
 
     async def guarded():
         async with asyncio.timeout(60):

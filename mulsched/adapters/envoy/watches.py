@@ -5,7 +5,7 @@ import logging
 
 from mulsched.adapters.envoy.fleet import Watch
 from mulsched.errors import InvalidArgument
-from mulsched.events import KvEventSubscriber, LoadPoller, discover_kv_events
+from mulsched.events import KV_DECODERS, KvEventSubscriber, LoadPoller, discover_kv_events
 from mulsched.events._http import FAILURES
 from mulsched.router import Router
 
@@ -26,10 +26,11 @@ def metrics_of(router: Router, *, period_s: float) -> Watch:
     return watch
 
 
-def kv_events_of(router: Router) -> Watch:
+def kv_events_of(router: Router, *, kv_format: str = "vllm") -> Watch:
     """Return what finds an endpoint's publisher of KV events, as vLLM 0.32 tells it, and follows it.
 
-    An endpoint without one, or with several (data-parallel ranks behind one address), is left to prediction.
+    ``kv_format``: whose events they are, a key of ``mulsched.events.KV_DECODERS``. An endpoint without a
+    publisher, or with several (data-parallel ranks behind one address), is left to prediction.
     """
 
     async def watch(endpoint: str) -> None:
@@ -44,7 +45,12 @@ def kv_events_of(router: Router) -> Watch:
             return
         source = sources[0]
         await KvEventSubscriber(
-            router, endpoint, source.endpoint, replay_endpoint=source.replay_endpoint, topic=source.topic
+            router,
+            endpoint,
+            source.endpoint,
+            replay_endpoint=source.replay_endpoint,
+            topic=source.topic,
+            decode=KV_DECODERS[kv_format],
         ).run()
 
     return watch
