@@ -11,7 +11,8 @@ Open in the paper, and chosen here:
 - Watched are the ``WATCHED`` classes with the most requests in the window that some instance held.
 - The score on a hotspot is the best of M's, that on the rest the best of the others: where a tie goes to M.
 - Consecutive are requests of the class, whatever comes between; one that fails (4) starts the count anew.
-- The filter is for the class, and ends when (2) holds again; the window is checked when a request comes.
+- The filter is for the class, and ends when (2) holds again or no request of it is left in the window; the
+  first is checked when a request of the class comes, the second when any does.
 - Without ``now`` the window is the last ``WINDOW_REQUESTS`` requests.
 """
 
@@ -60,20 +61,19 @@ class PaperDetector:
         return self._found(key, held)
 
     def dispatch(self, columns: Columns) -> tuple[Found | None, list[int]]:
-        """Count an arrival; return what is to be filtered from now on, and the class that left alarm."""
+        """Count an arrival; return what is to be filtered from now on, and the classes that left alarm."""
         key, held = self._class(columns)
-        self._count(columns.now, key, bool(held.any()))
+        ended = self._count(columns.now, key, bool(held.any()))
         if key is None:
-            return None, []
+            return None, ended
         if key not in self._watched() or not self._violates(key, held):
-            gone = self._suspects.pop(key, None)
-            return None, [key] if gone is not None and gone.filtered else []
+            return None, ended + self._drop(key)
         suspect = self._suspects.setdefault(key, _Suspect())
         score = columns.p_tokens.astype(np.float64) * columns.batch_size
         suspect.in_a_row = suspect.in_a_row + 1 if score[held].min() <= score[~held].min() else 0
         if suspect.in_a_row > 2 * int(held.sum()):
             suspect.filtered = True
-        return (self._found(key, held) if suspect.filtered else None), []
+        return (self._found(key, held) if suspect.filtered else None), ended
 
     def _class(self, columns: Columns) -> tuple[int | None, NDArray[np.bool_]]:
         keys = columns.request.keys
@@ -82,11 +82,13 @@ class PaperDetector:
             return None, held
         return prefix_hashes(keys, [CLASS_BLOCKS])[0], held
 
-    def _count(self, now: float | None, key: int | None, hit: bool) -> None:
+    def _count(self, now: float | None, key: int | None, hit: bool) -> list[int]:
+        """Move the window on; return the classes in alarm that are no longer in it."""
         self._arrivals.append((now, key, hit))
         if key is not None:
             self._counts[key] += 1
             self._hits[key] += hit
+        ended: list[int] = []
         while self._is_old(self._arrivals[0][0], now):
             _, old, old_hit = self._arrivals.popleft()
             if old is None:
@@ -95,6 +97,13 @@ class PaperDetector:
             self._hits[old] -= old_hit
             if not self._counts[old]:
                 del self._counts[old], self._hits[old]
+                ended += self._drop(old)
+        return ended
+
+    def _drop(self, key: int) -> list[int]:
+        """Suspect a class no longer; return it if it was in alarm."""
+        suspect = self._suspects.pop(key, None)
+        return [key] if suspect is not None and suspect.filtered else []
 
     def _is_old(self, then: float | None, now: float | None) -> bool:
         if now is None or then is None:

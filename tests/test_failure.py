@@ -240,6 +240,24 @@ def test_the_papers_window_is_a_minute():
     assert list(detector.alarms()) == []
 
 
+def vanishing_classes(**options):
+    """A detector in mode paper that saw five hot classes, each a window after the last."""
+    detector = FailureDetector(mode="paper", **options)
+    for i in range(5):
+        fill(detector, 3, [1000 * i + d for d in range(20)], now=100.0 * i)
+    return detector
+
+
+def test_the_papers_filter_ends_with_the_last_request_of_its_class_in_the_window():
+    released = []
+    detector = vanishing_classes(on_release=released.append)
+    assert (len(list(detector.alarms())), len(released)) == (1, 4)
+
+
+def test_mode_paper_keeps_nothing_of_classes_that_left_the_window():
+    assert len(vanishing_classes()._paper._suspects) == 1
+
+
 # -- in a router ----------------------------------------------------------------------------------------
 
 
