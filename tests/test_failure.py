@@ -132,6 +132,25 @@ def test_an_alarm_ends_with_the_last_request_of_its_class():
     assert list(detector.alarms()) == []
 
 
+@pytest.mark.parametrize("others_in_flight", [0, 400])
+def test_of_a_few_requests_left_those_within_their_share_are_in_alarm_no_longer(others_in_flight):
+    released = []
+    detector = FailureDetector(on_release=released.append)
+    fill(detector, 40)
+    others(detector, others_in_flight)
+    for i in range(39):
+        detector.end((HOT[0], i))
+    assert len(released) == (others_in_flight > 0)
+
+
+def test_an_alarm_of_many_requests_is_not_ended_by_the_end_of_one():
+    detector = FailureDetector()
+    fill(detector, 40)
+    others(detector, 400)
+    detector.end((HOT[0], 0))
+    assert len(list(detector.alarms())) == 1
+
+
 def test_a_class_whose_copy_would_cost_more_than_it_saves_is_not_in_alarm():
     detector = FailureDetector()
     fill(detector, 40, running=[1, 0, 0, 0])
