@@ -8,7 +8,8 @@ Open in the paper, and chosen here:
 
 - A class is all requests with the same first ``CLASS_BLOCKS`` blocks; shorter prompts have none.
 - Its holders are the candidates that have cached all of these blocks.
-- Watched are the ``WATCHED`` classes with the most requests in the window that some instance held.
+- Watched are the ``WATCHED`` classes with the most requests in the window that some instance held; one that
+  equals the last of them is, too. A class that falls behind them is a suspect no longer.
 - The score on a hotspot is the best of M's, that on the rest the best of the others: where a tie goes to M.
 - Consecutive are requests of the class, whatever comes between; one that fails (4) starts the count anew.
 - The filter is for the class, and ends when (2) holds again or no request of it is left in the window; the
@@ -41,13 +42,18 @@ class _Suspect:
 
 
 class PaperDetector:
-    """Counts arrivals by class in a sliding window. Memory: O(requests in the window)."""
+    """Counts arrivals by class in a sliding window of W requests.
+
+    Memory: O(W). Time: amortised O(blocks of a class + instances + sqrt(W)) an arrival, since at most
+    sqrt(2 W) counts of hits differ.
+    """
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._arrivals: deque[tuple[float | None, int | None, bool]] = deque()
         self._counts: Counter[int] = Counter()
         self._hits: Counter[int] = Counter()
+        self._classes: Counter[int] = Counter()  # how many have so many hits, of those with any
         self._suspects: dict[int, _Suspect] = {}
 
     def examine(self, columns: Columns) -> Found | None:
@@ -66,7 +72,7 @@ class PaperDetector:
         ended = self._count(columns.now, key, bool(held.any()))
         if key is None:
             return None, ended
-        if key not in self._watched() or not self._violates(key, held):
+        if not self._is_watched(key) or not self._violates(key, held):
             return None, ended + self._drop(key)
         suspect = self._suspects.setdefault(key, _Suspect())
         score = columns.p_tokens.astype(np.float64) * columns.batch_size
@@ -87,14 +93,14 @@ class PaperDetector:
         self._arrivals.append((now, key, hit))
         if key is not None:
             self._counts[key] += 1
-            self._hits[key] += hit
+            self._add_hits(key, int(hit))
         ended: list[int] = []
         while self._is_old(self._arrivals[0][0], now):
             _, old, old_hit = self._arrivals.popleft()
             if old is None:
                 continue
             self._counts[old] -= 1
-            self._hits[old] -= old_hit
+            self._add_hits(old, -int(old_hit))
             if not self._counts[old]:
                 del self._counts[old], self._hits[old]
                 ended += self._drop(old)
@@ -110,8 +116,18 @@ class PaperDetector:
             return len(self._arrivals) > WINDOW_REQUESTS
         return then <= now - self._window_s
 
-    def _watched(self) -> list[int]:
-        return [key for key, hits in self._hits.most_common(WATCHED) if hits]
+    def _add_hits(self, key: int, change: int) -> None:
+        hits = self._hits[key]
+        self._hits[key] = hits + change
+        for count, by in ((hits, -1), (hits + change, 1)):
+            if count:
+                self._classes[count] += by
+                if not self._classes[count]:
+                    del self._classes[count]
+
+    def _is_watched(self, key: int) -> bool:
+        hits = self._hits[key]
+        return hits > 0 and sum(n for count, n in self._classes.items() if count > hits) < WATCHED
 
     def _violates(self, key: int, held: NDArray[np.bool_]) -> bool:
         holders, n = int(held.sum()), len(held)
