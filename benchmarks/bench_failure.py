@@ -1,4 +1,4 @@
-"""What the failure detector adds to a decision: 8,192 tokens, nothing in alarm."""
+"""What the failure detector adds to a decision: 8,192 tokens, nothing in alarm; and mode paper alone."""
 
 import itertools
 
@@ -44,3 +44,24 @@ def bench_route_and_finish(benchmark, detector, instances, quick):
 
     benchmark.pedantic(route, rounds=1 if quick else 20_000)
     benchmark.extra_info |= {"tokens": PROMPT_TOKENS, "instances": instances}
+
+
+@pytest.mark.benchmark(group="mode paper: dispatch, 1,000 requests in the window")
+@pytest.mark.parametrize("classes", [32, 900])
+def bench_paper_dispatch(benchmark, classes, quick):
+    router = Router()
+    for i in range(16):
+        router.add_instance(f"i{i}", cache_blocks=60_000)
+    decisions = []
+    for i in range(classes):
+        prompt = RNG.integers(0, 100_000, 321, dtype=np.uint32)
+        router.route(prompt, request_id=i)
+        decisions.append(router.select(prompt).columns)
+    detector = FailureDetector(mode="paper")
+    order = itertools.cycle(RNG.permutation(classes).tolist())
+
+    def dispatch():
+        detector.dispatch(decisions[next(order)], 0, 0)
+
+    benchmark.pedantic(dispatch, rounds=1 if quick else 10_000, warmup_rounds=1 if quick else 2_000)
+    benchmark.extra_info |= {"classes": classes}

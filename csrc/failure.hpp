@@ -99,7 +99,7 @@ class Occupancy {
       const double excess = excess_of(node, holders, static_cast<std::int64_t>(n), static_cast<double>(on_holders),
                                       static_cast<double>(everywhere));
       if (excess <= 0) continue;
-      in_excess_.push_back(at);
+      in_excess_.push_back({at, static_cast<double>(holders) / static_cast<double>(n)});
       if (excess < widest || node.copies > 0 || !copy_pays(node, depth, holders, candidates)) continue;
       widest = excess;
       last_.found = {depth, hashes_[c], node.load, holders};
@@ -123,13 +123,16 @@ class Occupancy {
     for (std::size_t c = path_.size(); c < hashes_.size(); ++c) path_.push_back(new_node(hashes_[c]));
     for (const std::uint32_t at : path_) {
       Node& node = nodes_[at];
-      if (node.alarm && std::find(in_excess_.begin(), in_excess_.end(), at) == in_excess_.end()) {
-        node.alarm = false;
-        released.push_back(node.hash);
-      }
-      if (found.depth > 0 && found.hash == node.hash) {
-        raised_ += !node.alarm;
-        node.alarm = true;
+      if (node.alarm || (found.depth > 0 && found.hash == node.hash)) {  // what is found is in excess
+        const auto excess =
+            std::find_if(in_excess_.begin(), in_excess_.end(), [at](const Excess& e) { return e.at == at; });
+        if (excess == in_excess_.end()) {
+          release(node, released);
+        } else {
+          raised_ += !node.alarm;
+          node.alarm = true;
+          node.part = excess->part;
+        }
       }
       ++node.requests;
       node.load += weight;
@@ -163,8 +166,9 @@ class Occupancy {
     return true;
   }
 
-  // Counts a request out; released gets the classes in alarm that have nobody in flight any more. False, and
-  // nothing happens, if there is none in the slot.
+  // Counts a request out; released gets the classes that left alarm: those that nobody in flight has, and those
+  // that are within the part of their last holders and too few to be evidence. What is on the holders in all is not
+  // known here. False, and nothing happens, if there is none in the slot.
   bool end(std::size_t slot, std::vector<std::uint64_t>& released) {
     if (!first_token(slot)) return false;
     Slot& own = slots_[slot];
@@ -175,8 +179,9 @@ class Occupancy {
       Node& node = nodes_[at];
       node.load -= own.weight;
       node.squares -= own.weight * own.weight;
-      if (--node.requests > 0) continue;
-      if (node.alarm) released.push_back(node.hash);
+      const bool gone = --node.requests == 0;
+      if (node.alarm && (gone || (node.load <= node.part * load_ && !is_evidence(node)))) release(node, released);
+      if (!gone) continue;
       index_.erase(node.hash);
       free_nodes_.push_back(at);
     }
@@ -191,6 +196,11 @@ class Occupancy {
     std::int64_t requests = 0, copies = 0;  // copies: those on their way
     double load = 0, squares = 0;
     bool alarm = false;
+    double part = 0;  // of the instances, its holders when it was last seen in excess; of classes in alarm
+  };
+  struct Excess {
+    std::uint32_t at;  // of its node
+    double part;
   };
   struct Slot {
     std::vector<std::uint32_t> path;
@@ -216,7 +226,7 @@ class Occupancy {
       at = free_nodes_.back();
       free_nodes_.pop_back();
     }
-    nodes_[at] = {hash, 0, 0, 0, 0, false};
+    nodes_[at] = {hash, 0, 0, 0, 0, false, 0};
     index_.set(hash, at);
     return at;
   }
@@ -246,6 +256,14 @@ class Occupancy {
     }
   }
 
+  static void release(Node& node, std::vector<std::uint64_t>& released) {
+    node.alarm = false;
+    released.push_back(node.hash);
+  }
+
+  // Whether the class has more in flight than chance makes of a few requests.
+  bool is_evidence(const Node& node) const noexcept { return node.load > confidence_ * std::sqrt(node.squares); }
+
   // By how much the holders carry more than their share; 0 if that may be chance.
   double excess_of(const Node& node, std::int64_t holders, std::int64_t n, double on_holders,
                    double everywhere) const noexcept {
@@ -253,9 +271,8 @@ class Occupancy {
     const double part = static_cast<double>(holders) / static_cast<double>(n);
     const double alone = node.load - part * load_, together = on_holders - part * everywhere;
     if (node.alarm || (alone <= 0 && together <= 0)) return std::max(std::max(alone, together), 0.0);
-    const double spread = confidence_ * std::sqrt(node.squares);
-    if (node.load <= spread) return 0;
-    if (alone > spread) return alone;
+    if (!is_evidence(node)) return 0;
+    if (alone > confidence_ * std::sqrt(node.squares)) return alone;
     if (everywhere > 0 && together > confidence_ * std::sqrt(squares_ * (on_holders / everywhere))) return together;
     return 0;
   }
@@ -286,7 +303,8 @@ class Occupancy {
   Last last_;
   std::vector<std::size_t> depths_;
   std::vector<std::uint64_t> hashes_;
-  std::vector<std::uint32_t> path_, in_excess_;
+  std::vector<std::uint32_t> path_;
+  std::vector<Excess> in_excess_;
 };
 
 }  // namespace mulsched

@@ -59,6 +59,7 @@ class _Node:
     load: float = 0.0
     squares: float = 0.0
     alarm: bool = False
+    part: float = 0.0  # of the instances, its holders when it was last seen in excess; of classes in alarm
 
 
 Ended = Sequence[int]
@@ -95,15 +96,15 @@ class OccupancyPy:
 
     def _examine(
         self, keys: Keys, table: NDArray[np.int64], loads: int
-    ) -> tuple[Found | None, list[int], list[int]]:
-        """Return the class with the widest excess, all that somebody holds and those in excess."""
+    ) -> tuple[Found | None, list[int], dict[int, float]]:
+        """Return the class with the widest excess, all that somebody holds, those in excess with |M| / N."""
         matched, load = table[0], table[loads]
         depths = class_depths(min(len(keys), int(matched.max())))
         hashes = prefix_hashes(keys, depths)
         n, everywhere = len(matched), float(load.sum())
         best: Found | None = None
         widest = 0.0
-        in_excess: list[int] = []
+        in_excess: dict[int, float] = {}
         for depth, key in zip(depths, hashes, strict=True):
             node = self._nodes.get(key)
             if node is None:
@@ -112,7 +113,7 @@ class OccupancyPy:
             holders = int(held.sum())
             excess = self._excess(node, holders, n, float(load[held].sum()), everywhere)
             if excess > 0:
-                in_excess.append(key)
+                in_excess[key] = holders / n
                 if excess >= widest and node.copies == 0 and self._copy_pays(node, held, table):
                     widest, best = excess, (depth, key, node.load, holders)
         return best, hashes, in_excess
@@ -126,16 +127,19 @@ class OccupancyPy:
         together = on_holders - part * everywhere
         if node.alarm:
             return max(alone, together, 0.0)
-        spread = self._confidence * math.sqrt(node.squares)
-        if node.load <= spread:
+        if not self._is_evidence(node):
             return 0.0
-        if alone > spread:
+        if alone > self._confidence * math.sqrt(node.squares):
             return alone
         if everywhere > 0 and together > self._confidence * math.sqrt(
             self._squares * (on_holders / everywhere)
         ):
             return together
         return 0.0
+
+    def _is_evidence(self, node: _Node) -> bool:
+        """Return whether the class has more in flight than chance makes of a few requests."""
+        return node.load > self._confidence * math.sqrt(node.squares)
 
     def _copy_pays(self, node: _Node, held: NDArray[np.bool_], table: NDArray[np.int64]) -> bool:
         """Return whether a copy somewhere else is worth its prefill by LMetric's score.
@@ -167,15 +171,17 @@ class OccupancyPy:
         ended = []
         for key in hashes:
             node = self._nodes.get(key)
-            if node is not None and node.alarm and key not in in_excess:
-                node.alarm = False
+            if node is None or not (node.alarm or (found is not None and key == found[1])):
+                continue
+            node.alarm = key in in_excess
+            if node.alarm:
+                node.part = in_excess[key]
+            else:
                 ended.append(key)
-        if found is not None:
-            self._nodes[found[1]].alarm = True
-            if table[0, chosen] < found[0]:  # of its prefixes, too
-                self._copied[request_id] = hashes[: hashes.index(found[1]) + 1]
-                for key in self._copied[request_id]:
-                    self._nodes[key].copies += 1
+        if found is not None and table[0, chosen] < found[0]:  # of its prefixes, too
+            self._copied[request_id] = hashes[: hashes.index(found[1]) + 1]
+            for key in self._copied[request_id]:
+                self._nodes[key].copies += 1
         for key in hashes:
             node = self._nodes.setdefault(key, _Node())
             node.requests += 1
@@ -192,9 +198,11 @@ class OccupancyPy:
             self._nodes[key].copies -= 1
 
     def end(self, request_id: Hashable) -> Ended:
-        """Count a request out; return the classes that left alarm, having nobody in flight. O(log blocks).
+        """Count a request out; return the classes that left alarm. O(log blocks).
 
-        One that was never counted in is ignored.
+        Those are the ones that nobody in flight has, and those that are within the part of their last
+        holders and too few to be evidence; what is on the holders in all is not known here. A request that
+        was never counted in is ignored.
         """
         if request_id not in self._requests:
             return []
@@ -208,8 +216,11 @@ class OccupancyPy:
             node.requests -= 1
             node.load -= weight
             node.squares -= weight * weight
-            if node.requests == 0:
+            gone = node.requests == 0
+            within = node.load <= node.part * self._load and not self._is_evidence(node)
+            if node.alarm and (gone or within):
+                node.alarm = False
+                ended.append(key)
+            if gone:
                 del self._nodes[key]
-                if node.alarm:
-                    ended.append(key)
         return ended

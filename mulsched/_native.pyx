@@ -872,7 +872,7 @@ cdef class Occupancy:
             self.core.get().first_token(slot)
 
     def end(self, request_id):
-        """Count a request out; return the classes in alarm that have nobody in flight any more."""
+        """Count a request out; return the classes that left alarm."""
         cdef vector[uint64_t] ended
         slot = self.slots.pop(request_id, None)
         if slot is None:

@@ -23,8 +23,9 @@ LMetric's own score P BS and for the r requests of the class in flight:
 
 On |M| + 1 holders the new one has r / (|M| + 1) requests in flight; in h, the horizon, residence times it
 serves h times as many. While a copy is on its way, from the decision to the first token, no other is made of
-the class or of a prefix of it. An alarm ends when neither excess is above 0, with M as of then, or with the
-last request of the class.
+the class or of a prefix of it. An alarm ends when a request of the class is dispatched and neither excess
+is above 0, with M as of then; when one ends and the class is no more than M's part, k <= L |M| / N, with M as
+of the last dispatch, and no evidence, k <= c sqrt(q) (H and T are not known there); or with its last request.
 """
 
 from collections.abc import Callable, Hashable, Iterator

@@ -1,5 +1,6 @@
 """The failure detector: shares of what is in flight, alarms, masks, the paper's phases, parity of the twins."""
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mulsched import Router, failure
-from mulsched._failure_paper import CLASS_BLOCKS
+from mulsched._failure_paper import CLASS_BLOCKS, WATCHED, PaperDetector
 from mulsched._failure_py import OccupancyPy, class_depths, prefix_hashes
 from mulsched.errors import DuplicateRequest, InvalidArgument, InvalidType
 from mulsched.failure import FailureDetector
@@ -19,6 +20,7 @@ from mulsched.policies import Policy, get
 from mulsched.scorers import Multiplicative
 
 HOT = list(range(100, 120))
+(HOT_HASH,) = prefix_hashes(np.array(HOT, dtype=np.uint64), [CLASS_BLOCKS])
 LOADS = COLUMNS.index("context_tokens")
 
 
@@ -132,6 +134,25 @@ def test_an_alarm_ends_with_the_last_request_of_its_class():
     assert list(detector.alarms()) == []
 
 
+@pytest.mark.parametrize("others_in_flight", [0, 400])
+def test_of_a_few_requests_left_those_within_their_share_are_in_alarm_no_longer(others_in_flight):
+    released = []
+    detector = FailureDetector(on_release=released.append)
+    fill(detector, 40)
+    others(detector, others_in_flight)
+    for i in range(39):
+        detector.end((HOT[0], i))
+    assert len(released) == (others_in_flight > 0)
+
+
+def test_an_alarm_of_many_requests_is_not_ended_by_the_end_of_one():
+    detector = FailureDetector()
+    fill(detector, 40)
+    others(detector, 400)
+    detector.end((HOT[0], 0))
+    assert len(list(detector.alarms())) == 1
+
+
 def test_a_class_whose_copy_would_cost_more_than_it_saves_is_not_in_alarm():
     detector = FailureDetector()
     fill(detector, 40, running=[1, 0, 0, 0])
@@ -238,6 +259,33 @@ def test_the_papers_window_is_a_minute():
         detector.dispatch(columns([50_000 + 20 * i + d for d in range(20)], holders=0, now=59.0), ("o", i), 0)
     detector.dispatch(columns(now=61.0), "last", 0)
     assert list(detector.alarms()) == []
+
+
+def vanishing_classes(**options):
+    """A detector in mode paper that saw five hot classes, each a window after the last."""
+    detector = FailureDetector(mode="paper", **options)
+    for i in range(5):
+        fill(detector, 3, [1000 * i + d for d in range(20)], now=100.0 * i)
+    return detector
+
+
+def test_the_papers_filter_ends_with_the_last_request_of_its_class_in_the_window():
+    released = []
+    detector = vanishing_classes(on_release=released.append)
+    assert (len(list(detector.alarms())), len(released)) == (1, 4)
+
+
+def test_a_class_that_eight_others_overtake_is_released():
+    detector = FailureDetector(mode="paper")
+    fill(detector, 3, n=20)
+    for i in range(1, 9):
+        fill(detector, 5, [1000 * i + d for d in range(20)], n=20)
+    detector.dispatch(columns(n=20), "last", 0)
+    assert HOT_HASH not in {alarm.class_hash for alarm in detector.alarms()}
+
+
+def test_mode_paper_keeps_nothing_of_classes_that_left_the_window():
+    assert len(vanishing_classes()._paper._suspects) == 1
 
 
 # -- in a router ----------------------------------------------------------------------------------------
@@ -398,6 +446,20 @@ STEPS = st.lists(
     ),
     max_size=60,
 )
+
+
+@settings(deadline=None)
+@given(arrivals=st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=100))
+def test_the_paper_watches_classes_of_which_few_have_more_hits(arrivals):
+    detector = PaperDetector(30.0)
+    for now, (key, hit) in enumerate(arrivals):
+        keys = [1000 * key + d for d in range(20)]
+        detector.dispatch(columns(keys, holders=int(hit), now=float(now)))
+    hits = Counter(key for key, hit in arrivals[-30:] if hit)
+    for key in range(21):
+        (class_hash,) = prefix_hashes(np.arange(1000 * key, 1000 * key + 16, dtype=np.uint64), [16])
+        more = sum(count > hits[key] for count in hits.values())
+        assert detector._is_watched(class_hash) == (hits[key] > 0 and more < WATCHED)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
