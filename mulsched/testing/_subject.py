@@ -96,7 +96,9 @@ class Trial:
             if self.policy.on_dispatch is not None:
                 self.policy.on_dispatch(columns, shown.position)
             if self.policy.detector is not None:
-                self.policy.detector.dispatch(columns, (len(self.history), number))
+                request_id = (len(self.history), number)
+                self.policy.detector.dispatch(columns, request_id, shown.position)
+                self.policy.detector.first_token(request_id)
         return Trial(self.policy, (*self.history, replace(shown, times=times)))
 
     def ask(self, label: str, columns: Columns) -> Shown:

@@ -196,7 +196,8 @@ def test_a_policy_breaks_what_the_table_says(name, invariant):
             if policy.on_dispatch is not None:
                 policy.on_dispatch(told.columns, told.position)
             if policy.detector is not None:
-                policy.detector.dispatch(told.columns, (number, again))
+                policy.detector.dispatch(told.columns, (number, again), told.position)
+                policy.detector.first_token((number, again))
     judged = None if policy.detector is None else policy.detector.judge(first.columns)
     position, scores = select(policy, first.columns, policy.ties, keep=judged and judged[0])
     assert position == first.position
