@@ -190,7 +190,7 @@ def test_full_slots_end_the_herd_soon_after(slots_and_ratio):
     waiting = 0
     while fleet.hot(prefilled=False).instance == "i0":
         waiting += 1
-    fits = [w for w in range(ratio + 1) if (w + 1) * (slots + w + 1) < ratio]
+    fits = [d for d in range(ratio + 1) if (d + 1) * (slots + d + 1) < ratio]
     assert waiting == len(fits)
     assert waiting < ratio / slots
     if (slots, ratio) == (256, 1000):
