@@ -39,9 +39,10 @@ def check_score(
     ``only``: the names of the invariants to check; None for all. ``shrink``: whether to look for the
     smallest counter-example, which takes longer than to find one.
 
-    A ``Policy`` object with state, or a detector, is never told of a decision, since it cannot be made anew; give its name
-    or its factory to :func:`check_policy` for that. What runs is ordinary Hypothesis, whatever the settings
-    and even inside another test: nothing is written to disk, and nothing is left of it afterwards.
+    A ``Policy`` object with state, or a detector, is never told of a decision, since it cannot be made anew;
+    give its name or its factory to :func:`check_policy` for that. What runs is ordinary Hypothesis, whatever
+    the settings and even inside another test: nothing is written to disk, and nothing is left of it
+    afterwards.
 
     Raises InvalidType, InvalidArgument, UnknownPolicy.
     """

@@ -1,7 +1,7 @@
 """A policy under test: built anew, told a history, asked.
 
 A policy with a detector is asked as a router asks it, while a class is in alarm: it has been told of
-``HOT_REQUESTS`` requests of one class, all in flight, and half the questions and more are about the next.
+``HOT_REQUESTS`` requests of one class, all prefilled and in flight, and many questions are about the next.
 """
 
 from collections.abc import Callable

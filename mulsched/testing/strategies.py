@@ -38,11 +38,11 @@ def columns(
 ) -> st.SearchStrategy[Columns]:
     """Columns that a router can come to, of ``min_size`` to ``max_size`` candidates.
 
-    Prompts have up to 200 tokens, in blocks of 16 or 1 or as given. Half the time instances have up to 40 requests
-    running, 5 waiting, and a queue of up to 300 tokens or, less often, a million; half the time only up to
-    3, 1 and 31, and half of that time all are alike. Context is on instances with requests only, at least as
-    many blocks are cached as match, and no two candidates were chosen last at the same time: nothing is left
-    to the order of rows.
+    Prompts have up to 200 tokens, in blocks of 16 or 1 or as given. Half the time instances have up to 40
+    requests running, 5 waiting, and a queue of up to 300 tokens or, less often, a million; half the time
+    only up to 3, 1 and 31, and half of that time all are alike. Context is on instances with requests only,
+    at least as many blocks are cached as match, and no two candidates were chosen last at the same time:
+    nothing is left to the order of rows.
     """
     # One draw instead of some thirty, each of which costs as much as a decision. Shrinking drops instances
     # and lowers bytes, and every byte means more as it grows.

@@ -239,9 +239,7 @@ def in_alarm(name, *, hot, cold=0):
 
 def asked_by_hand(trial, **columns):
     """The instance that is chosen for the next request of the class."""
-    return trial.ask(
-        "asked", hand.make_columns(prompt_tokens=16, block_size=1, now=10.0, **columns)
-    ).instance
+    return trial.ask("asked", hand.make_columns(prompt_tokens=16, block_size=1, now=10.0, **columns)).instance
 
 
 def test_in_alarm_a_crowded_holder_loses_to_an_instance_worse_in_everything():

@@ -275,7 +275,9 @@ def herd(n, ratio, residence, requests):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(2, 8), st.integers(1, 29).flatmap(lambda most: st.tuples(st.integers(1, most), st.just(most))))
+@given(
+    st.integers(2, 8), st.integers(1, 29).flatmap(lambda most: st.tuples(st.integers(1, most), st.just(most)))
+)
 @example(8, (1, 19))
 @example(8, (19, 19))
 def test_a_class_with_fewer_residents_than_the_ratio_never_leaves_its_holder(n, residence_of_most):
