@@ -74,8 +74,8 @@ def check_policy(
     """Check the policies that a factory makes, a new one for every example.
 
     It is for policies that keep state: each is told of a few decisions, then asked. One with a detector is
-    told of fifty requests of one class too, more than its holder's part, and asked mostly about the next of
-    them, so what a report says of it is said of alarms. Arguments, errors and the rest as
+    told of fifty requests of one class too, more than its holder's part, and asked about the next of them,
+    so what a report says of it is said of alarms. Arguments, errors and the rest as
     :func:`check_score`.
     """
     if not callable(factory):

@@ -1,7 +1,7 @@
 """A policy under test: built anew, told a history, asked.
 
 A policy with a detector is asked as a router asks it, while a class is in alarm: it has been told of
-``HOT_REQUESTS`` requests of one class, all prefilled and in flight, and many questions are about the next.
+``HOT_REQUESTS`` requests of one class, all prefilled and in flight, and every question is about the next.
 """
 
 from collections.abc import Callable
@@ -52,15 +52,15 @@ class Subject:
         self.stateful = policy.on_dispatch is not None or self.has_detector
 
     def columns(self, *, min_size: int = 1, max_size: int = 5) -> SearchStrategy[Columns]:
-        """Return what to ask: all columns, or of a policy with a detector many of the class in alarm.
+        """Return what to ask: all columns, of a policy with a detector those of a request of the hot class.
 
-        Blocks then have one token each, so that prompts are long enough to be of a class (16 blocks in mode
-        paper).
+        An alarm is in force where the columns have holders of it that are over their share. Blocks have one
+        token each, so that prompts are long enough to be of a class (16 blocks in mode paper).
         """
         if not self.has_detector:
             return strategies.columns(min_size=min_size, max_size=max_size)
         columns = strategies.columns(min_size=min_size, max_size=max_size, block_size=1)
-        return columns | columns.map(_of_the_hot_class)
+        return columns.map(_of_the_hot_class)
 
     def trial(self, draw: Draw) -> "Trial":
         """Return a policy that has been told of a few decisions of its own, if it wants to hear."""

@@ -62,6 +62,7 @@ BROKEN = {
 # So rare that examples seldom meet them; tests below make them by hand.
 RARE = {
     ("llm_d", "independent_of_irrelevant"),
+    ("lmetric_guarded", "monotone"),
     ("lmetric_guarded", "dominance"),
     ("lmetric_guarded", "independent_of_irrelevant"),
     ("lmetric_paper_detector", "independent_of_irrelevant"),
@@ -249,6 +250,13 @@ def test_in_alarm_a_crowded_holder_loses_to_an_instance_worse_in_everything():
     assert asked_by_hand(Trial(policies.get("lmetric")), matched_blocks=[16, 0, 0], **fleet) == "i0"
 
 
+def test_in_alarm_a_crowded_holder_wins_by_losing_the_prefix():
+    trial = in_alarm("lmetric_guarded", hot=50)
+    fleet = {"running": [2, 1], "queued_prefill_tokens": [0, 20]}
+    assert asked_by_hand(trial, matched_blocks=[16, 0], **fleet) == "i1"
+    assert asked_by_hand(trial, matched_blocks=[0, 0], **fleet) == "i0"
+
+
 def test_in_alarm_the_mean_batch_depends_on_a_loser():
     trial = in_alarm("lmetric_guarded", hot=50)
     assert asked_by_hand(trial, matched_blocks=[16, 0, 0], running=[2, 1, 4]) == "i0"
@@ -286,7 +294,7 @@ def test_the_invariants_ask_a_detector_while_an_alarm_leaves_candidates_out(name
                 assert crowded[~kept].all()
 
     ask()
-    assert masked >= asked // 8, (masked, asked)
+    assert masked >= asked / 6, (masked, asked)
 
 
 @pytest.mark.parametrize("name", DETECTORS)
