@@ -80,15 +80,15 @@ def load_shares(arrivals_per_s: ArrayLike, load_per_request: ArrayLike) -> NDArr
 def worst_set(
     shares: Sequence[float], holders: Sequence[Collection[Hashable]], instances: int
 ) -> tuple[float, frozenset[Hashable]]:
-    """Return the smallest margin over sets S of instances, and the smallest S that has it.
+    """Return the smallest margin over sets T of instances, and the smallest T that has it.
 
-    The margin of S is |S| / instances less the shares of the classes whose holders all lie in S: those have
+    The margin of T is |T| / instances less the shares of the classes whose holders all lie in T: those have
     nowhere else to be a hit. Each class can be served by holders alone, with no instance above the mean,
-    exactly where no S has a negative margin: Hall's theorem for fractional transport (Gale 1957). With
+    exactly where no T has a negative margin: Hall's theorem for fractional transport (Gale 1957). With
     one class it is :func:`count_margin`.
 
     ``holders``: per class the instances, by name or row, that hold its prefix. A class without holders
-    binds nobody; if none has any, S is empty and the margin 1 less all shares.
+    binds nobody; if none has any, T is empty and the margin 1 less all shares.
     Only unions of holder sets can be worst: O(k * 2^k) for k sets that differ, O(k^2) if they are nested.
     Sums of shares round, so an exact tie may have a margin of -1e-16.
     Raises InvalidType, InvalidArgument (lengths, shares that sum to over 1, over 16 sets that differ, more
@@ -106,7 +106,7 @@ def least_peak(shares: Sequence[float], holders: Sequence[Collection[Hashable]],
     """Return the load of the busiest instance, in multiples of the mean, under the best of all routings.
 
     Best among those that serve every class on its holders only, in any proportions, and the rest of the
-    load anywhere: the largest share(S) * instances / |S| over sets S as in :func:`worst_set`, and at least
+    load anywhere: the largest x(T) * instances / |T| over sets T as in :func:`worst_set`, and at least
     1. It is 1 exactly where no margin is negative. Arguments, cost and errors as there.
     """
     instances = check_count(instances, "instances", least=1)
@@ -124,7 +124,7 @@ def least_spill(
     share ``holder_load / (holder_load + rest_load)`` has no negative margin; beyond, every instance carries
     the same at
 
-        (h * (N - m) - m * r) / (h * (N - m) + m * o)        h, o, r: loads; m holders of N
+        (h * (N - |M|) - |M| * e) / (h * (N - |M|) + |M| * o)        h, o, e: these loads; |M| holders of N
 
     A miss is paid each time, as where caches are too small to keep the prefix; where they keep it, the
     instance becomes a holder, and m grows. Without holders all of it is elsewhere, and the part is 1.

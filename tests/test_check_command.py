@@ -48,6 +48,8 @@ def test_a_trace_at_risk_has_status_1(capsys, burst):
             "--plot must name a file that ends in .svg or",
         ),
         ([str(DATA / "mooncake.jsonl"), "--cache-blocks", "1"], "raise kv_blocks or limit prompts"),
+        ([str(DATA / "mooncake.jsonl"), "--classes", "0"], "--classes must be in 1..16, got 0"),
+        ([str(DATA / "mooncake.jsonl"), "--classes", "17"], "--classes must be in 1..16, got 17"),
         ([str(DATA / "mooncake.jsonl"), "--processes", "0"], "--processes must be at least 1, got 0"),
         ([__file__], "not a line of any known format"),
     ],
@@ -67,6 +69,31 @@ def test_json_to_standard_output_is_all_there_is(capsys, burst):
     loaded = json.loads(capsys.readouterr().out)
     assert (status, loaded["instances"]) == (int(loaded["at_risk"]), 4)
     assert {"share_ratio", "holders", "margin", "verdict"} <= loaded["windows"][0]["classes"][0].keys()
+
+
+def two_hot_classes(path):
+    hot = HotClass(0.3, 16_384, 64, 100, start_s=0.0, end_s=20.0)
+    other = HotClass(0.3, 8_192, 64, 100, start_s=0.0, end_s=20.0)
+    write_trace(burst_trace(Burst("api", (hot, other), duration_s=20.0), seed=0, rate_per_s=4.0), path)
+    return str(path)
+
+
+def test_more_classes_of_a_window_have_a_line_each_with_their_own_margins(capsys, tmp_path):
+    trace, out = two_hot_classes(tmp_path / "two.jsonl"), tmp_path / "check.json"
+    shown = {}
+    for k in ("1", "2"):
+        main(["check", trace, *FEW, "--window", "600", "--classes", k, "--json", str(out)])
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        shown[k] = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+    _, second, *_ = json.loads(out.read_text())["windows"][0]["classes"]
+    assert (len(shown["1"]), len(shown["2"])) == (1, 2)
+    assert shown["2"][0] == shown["1"][0]
+    assert shown["2"][1][:4] == ["", "", f"{second['prefix_tokens']:,}", str(second["requests"])]
+    assert shown["2"][1][7:10] == [
+        f"{second['margin']:+.3f}",
+        f"{second['work_margin']:+.3f}",
+        second["verdict"],
+    ]
 
 
 @pytest.mark.parametrize(("name", "start"), [("margin.png", b"\x89PNG"), ("margin.svg", b"<?xml")])

@@ -242,28 +242,28 @@ def test_more_holder_sets_than_can_be_enumerated_are_refused():
 # -- the least that must leave
 
 
-def peak_of(stay, h, o, r, m, n):
+def peak_of(stay, h, o, e, m, n):
     """The busiest instance in exact numbers: the rest fills up the others first, then all."""
-    on_holders, elsewhere = stay * h, (1 - stay) * o + r
-    return max(on_holders / m, (on_holders + elsewhere) / n, (elsewhere - r) / (n - m) if m < n else 0)
+    on_holders, elsewhere = stay * h, (1 - stay) * o + e
+    return max(on_holders / m, (on_holders + elsewhere) / n, (elsewhere - e) / (n - m) if m < n else 0)
 
 
 @settings(max_examples=50)
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 100), st.integers(2, 8), st.data())
-def test_no_other_part_gives_a_smaller_peak(h, more, r, n, data):
+def test_no_other_part_gives_a_smaller_peak(h, more, e, n, data):
     m = data.draw(st.integers(1, n - 1))
-    spill = least_spill(holder_load=h, other_load=h + more, rest_load=r, holders=m, instances=n)
-    best = peak_of(1 - spill, h, h + more, r, m, n)
-    grid = [peak_of(Fraction(step, 40), h, h + more, r, m, n) for step in range(41)]
+    spill = least_spill(holder_load=h, other_load=h + more, rest_load=e, holders=m, instances=n)
+    best = peak_of(1 - spill, h, h + more, e, m, n)
+    grid = [peak_of(Fraction(step, 40), h, h + more, e, m, n) for step in range(41)]
     assert best <= float(min(grid)) + 1e-9
 
 
 @settings(max_examples=50)
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 100), st.integers(1, 8), st.data())
-def test_nothing_must_leave_exactly_where_the_margin_is_not_negative(h, more, r, n, data):
+def test_nothing_must_leave_exactly_where_the_margin_is_not_negative(h, more, e, n, data):
     m = data.draw(st.integers(1, n))
-    spill = least_spill(holder_load=h, other_load=h + more, rest_load=r, holders=m, instances=n)
-    assert (spill == 0) == (Fraction(m, n) - Fraction(h, h + r) >= 0)
+    spill = least_spill(holder_load=h, other_load=h + more, rest_load=e, holders=m, instances=n)
+    assert (spill == 0) == (Fraction(m, n) - Fraction(h, h + e) >= 0)
 
 
 def test_misses_raise_what_leaving_costs():

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from mulsched.commands._progress import progress_bar
 from mulsched.commands._workload import add_trace_options, profile_of, rate_scale_of, trace_at
 from mulsched.errors import InvalidArgument
+from mulsched.failure_condition import MAX_CLASSES
 from mulsched.replay.check import check_trace
 from mulsched.replay.check_report import plot_check, print_check
 from mulsched.replay.plots import render
@@ -52,6 +53,9 @@ def add_parser(commands: Any) -> None:
         help="standard deviations that an excess must have to be no chance (default: 3)",
     )
     parser.add_argument(
+        "--classes", type=int, default=1, metavar="K", help="show up to K classes of each window (default: 1)"
+    )
+    parser.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one per core"
     )
     parser.add_argument("--plot", metavar="FILE", help="plot the margin over time, FILE.svg or FILE.png")
@@ -65,6 +69,8 @@ def _run(options: argparse.Namespace) -> int:
         raise InvalidArgument(f"--plot must name a file that ends in .svg or .png, got {options.plot}")
     if options.processes < 1:
         raise InvalidArgument(f"--processes must be at least 1, got {options.processes}")
+    if not 1 <= options.classes <= MAX_CLASSES:
+        raise InvalidArgument(f"--classes must be in 1..{MAX_CLASSES}, got {options.classes}")
     trace = trace_at(options)(rate_scale_of(options))
     with progress_bar() as progress:
         check = check_trace(
@@ -90,5 +96,5 @@ def _run(options: argparse.Namespace) -> int:
     if options.json != "-":
         for note in trace.notes:
             print(f"Note: {note}")
-        print_check(check, sys.stdout)
+        print_check(check, sys.stdout, classes=options.classes)
     return int(check.at_risk)

@@ -6,7 +6,7 @@ from typing import IO, Any
 import numpy as np
 
 from mulsched.errors import MissingExtra
-from mulsched.replay.check import TraceCheck, Window
+from mulsched.replay.check import TraceCheck, Window, WindowClass
 from mulsched.replay.plots import COLOURS, STYLE, Plot, new_figure
 
 __all__ = ["plot_check", "print_check", "sentences"]
@@ -30,9 +30,10 @@ _HEADS = (
 )
 
 
-def print_check(check: TraceCheck, out: IO[str]) -> None:
-    """Print a line per window and what follows from all.
+def print_check(check: TraceCheck, out: IO[str], *, classes: int = 1) -> None:
+    """Print a line per window and what follows from all; below each, lines of its next worst classes.
 
+    ``classes``: the most of a window that are shown, at least 1.
     Raises MissingExtra without the extra ``mulsched[replay]``.
     """
     try:
@@ -51,32 +52,35 @@ def print_check(check: TraceCheck, out: IO[str]) -> None:
         table.add_column(head, justify="left" if left else "right", no_wrap=True)
     for window in check.windows:
         table.add_row(*_cells(window, check.instances))
+        for other in window.classes[1:classes]:
+            own = f"{other.margin:+.3f}", f"{other.work_margin:+.3f}", other.verdict
+            table.add_row("", "", *_of_class(other, check.instances), *own)
     Console(file=out, width=200).print(table)
     for sentence in sentences(check):
         print(sentence, file=out)
 
 
 def _cells(window: Window, instances: int) -> list[str]:
-    worst = window.classes[0] if window.classes else None
-    of_class = ["-"] * 5
-    if worst is not None:
-        of_class = [
-            f"{worst.prefix_tokens:,}",
-            f"{worst.requests:,}",
-            f"{worst.share_ratio:.3f}",
-            f"{worst.work_share_ratio:.3f}",
-            f"{worst.holders}/{instances}",
-        ]
     return [
         f"{window.start_s:,.0f}",
         f"{window.requests:,}",
-        *of_class,
+        *(_of_class(window.classes[0], instances) if window.classes else ["-"] * 5),
         f"{window.margin:+.3f}",
         f"{window.work_margin:+.3f}",
         window.verdict,
         _ratio(window.ttft_ratio, window.ttft_noise),
         _ratio(window.tpot_ratio, window.tpot_noise),
         " ".join(name.upper() for name in window.lost),
+    ]
+
+
+def _of_class(shown: WindowClass, instances: int) -> list[str]:
+    return [
+        f"{shown.prefix_tokens:,}",
+        f"{shown.requests:,}",
+        f"{shown.share_ratio:.3f}",
+        f"{shown.work_share_ratio:.3f}",
+        f"{shown.holders}/{instances}",
     ]
 
 

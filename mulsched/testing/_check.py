@@ -39,9 +39,10 @@ def check_score(
     ``only``: the names of the invariants to check; None for all. ``shrink``: whether to look for the
     smallest counter-example, which takes longer than to find one.
 
-    A ``Policy`` object with state is never told of a decision, since it cannot be made anew; give its name
-    or its factory to :func:`check_policy` for that. What runs is ordinary Hypothesis, whatever the settings
-    and even inside another test: nothing is written to disk, and nothing is left of it afterwards.
+    A ``Policy`` object with state, or a detector, is never told of a decision, since it cannot be made anew;
+    give its name or its factory to :func:`check_policy` for that. What runs is ordinary Hypothesis, whatever
+    the settings and even inside another test: nothing is written to disk, and nothing is left of it
+    afterwards.
 
     Raises InvalidType, InvalidArgument, UnknownPolicy.
     """
@@ -58,7 +59,7 @@ def check_score(
             shrink,
         )
     policy = Router(policy=score).policy
-    subject = Subject(lambda: policy, renewable=policy.on_dispatch is None)
+    subject = Subject(lambda: policy, renewable=policy.on_dispatch is None and policy.detector is None)
     return _report(subject, policy.name, examples, seed, only, shrink)
 
 
@@ -72,8 +73,10 @@ def check_policy(
 ) -> Report:
     """Check the policies that a factory makes, a new one for every example.
 
-    It is for policies that keep state: each is told of a few decisions, then asked. Arguments, errors
-    and the rest as :func:`check_score`.
+    It is for policies that keep state: each is told of a few decisions, then asked. One with a detector is
+    told of fifty requests of one class too, more than its holder's part, and asked about the next of them,
+    so what a report says of it is said of alarms. Arguments, errors and the rest as
+    :func:`check_score`.
     """
     if not callable(factory):
         raise InvalidType(f"factory must be callable, got {type(factory).__name__}")

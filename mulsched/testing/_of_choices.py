@@ -35,7 +35,7 @@ def monotone(subject: Subject, draw: Draw) -> CounterExample | None:
     Gives: load drives requests away and hits attract them, each at any level of the others.
     Breaks in: signs turned by mistake; ratios with a load below the line, such as ``p_tokens / running``.
     """
-    trial, columns = subject.trial(draw), draw(strategies.columns(min_size=2))
+    trial, columns = subject.trial(draw), draw(subject.columns(min_size=2))
     before = trial.ask("before", columns)
     at = draw(st.sampled_from([i for i in range(len(columns)) if i != before.position]))
     indicator = draw(st.sampled_from(["matched_blocks", *BETTER_LOW]))
@@ -64,7 +64,7 @@ def dominance(subject: Subject, draw: Draw) -> CounterExample | None:
     Breaks in: sessions and hash rings, which do not look; draws, of two choices too; "the smallest cache"
     (SGLang below its threshold).
     """
-    trial, columns = subject.trial(draw), draw(strategies.columns(min_size=2))
+    trial, columns = subject.trial(draw), draw(subject.columns(min_size=2))
     better, worse = _two(draw, columns)
     # as loaded as the better one and as drawn together, which is never less
     values = {name: int(columns[name][better] + columns[name][worse]) for name in BETTER_LOW}
@@ -88,7 +88,7 @@ def best_wins(subject: Subject, draw: Draw) -> CounterExample | None:
     Gives: where there is nothing to trade off, nothing is traded off, ties included.
     Breaks in: what breaks ``dominance``, apart from ties; round robin.
     """
-    trial, columns = subject.trial(draw), draw(strategies.columns(min_size=2))
+    trial, columns = subject.trial(draw), draw(subject.columns(min_size=2))
     best = draw(st.integers(0, len(columns) - 1))
     most = columns.request.prompt_tokens // columns.block_size
     assume(most > 0)
@@ -113,7 +113,7 @@ def work_conserving(subject: Subject, draw: Draw) -> CounterExample | None:
     Breaks in: sessions and hash rings; round robin and draws; ``ties="first"`` with a score of the cache
     alone; "the smallest cache".
     """
-    trial, columns = subject.trial(draw), draw(strategies.columns(min_size=2))
+    trial, columns = subject.trial(draw), draw(subject.columns(min_size=2))
     idle = draw(st.integers(0, len(columns) - 1))
     # without requests there is no queue
     columns.queued_prefill_tokens[columns.batch_size == 1] = 0
@@ -139,7 +139,7 @@ def independent_of_irrelevant(subject: Subject, draw: Draw) -> CounterExample | 
     scores as LMetric's paper compares with); balance gates over the fleet (SGLang, AIBrix); a bound on the
     mean load.
     """
-    trial, columns = subject.trial(draw), draw(strategies.columns(min_size=2))
+    trial, columns = subject.trial(draw), draw(subject.columns(min_size=2))
     before = trial.ask("before", columns)
     gone = draw(st.sampled_from([i for i in range(len(columns)) if i != before.position]))
     after = trial.ask("after", columns.take(np.arange(len(columns)) != gone))
@@ -156,14 +156,16 @@ def no_zero_veto(subject: Subject, draw: Draw) -> CounterExample | None:
     """A zero in one indicator does not hide that all the others are hopeless.
 
     Domain: two candidates. One has nothing queued, or nothing running, or nothing waiting, or no context, or
-    no block to compute, and a million of each of the others on top of what the second has.
+    no block to compute, and a million of each of the others on top of what the second has, which has no
+    more than 300 tokens queued: behind a million of them it would be hopeless too.
     Gives: no instance is chosen at any load for one good column.
     Breaks in: products with a factor that can be 0 (Infera had all requests on one instance while no load
     was booked); scores of one column; sums of normalised columns, which bound what load can cost (a
     ``linear`` weight of .7 on the cache outweighs any batch); prefix thresholds (Preble, llm-d).
     """
     trial = subject.trial(draw)
-    columns = draw(strategies.columns(min_size=2, max_size=2))
+    columns = draw(subject.columns(min_size=2, max_size=2))
+    np.minimum(columns.queued_prefill_tokens, 300, out=columns.queued_prefill_tokens)
     zero, other = _two(draw, columns)
     indicator = draw(st.sampled_from(["matched_blocks", *BETTER_LOW]))
     values = {name: int(columns[name][other]) + HUGE for name in BETTER_LOW}

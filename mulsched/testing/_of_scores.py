@@ -6,7 +6,6 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mulsched.indicators import Columns
-from mulsched.testing import strategies
 from mulsched.testing._columns import reordered, scale_requests, scale_tokens
 from mulsched.testing._subject import Draw, Subject, Trial
 from mulsched.testing.report import CounterExample, Shown
@@ -34,7 +33,7 @@ def finite(subject: Subject, draw: Draw) -> CounterExample | None:
     Breaks in: normalisations without a guard (0/0 where all are equal), ``1 / running``, logarithms of
     counts, filters that leave nobody.
     """
-    trial, columns = subject.trial(draw), draw(strategies.columns())
+    trial, columns = subject.trial(draw), draw(subject.columns())
     try:
         trial.answer("asked", columns)
     except Exception as error:
@@ -52,7 +51,7 @@ def non_negative(subject: Subject, draw: Draw) -> CounterExample | None:
     logarithms (``bailian``); sentinels such as ``last_chosen`` -1 (``round_robin``).
     """
     trial = subject.trial(draw)
-    asked = trial.ask("asked", draw(strategies.columns()))
+    asked = trial.ask("asked", draw(subject.columns()))
     scores = asked.scores
     if not np.nanmin(scores) < 0:
         return None
@@ -71,7 +70,7 @@ def deterministic(subject: Subject, draw: Draw) -> CounterExample | None:
     Breaks in: scores that call ``random``, iterate over sets or ask the clock; counters such as those of
     most round robins.
     """
-    trial, columns = subject.trial(draw), draw(strategies.columns())
+    trial, columns = subject.trial(draw), draw(subject.columns())
     first = trial.ask("first", columns)
     return _moved(trial, first, subject.again(trial).ask("again", columns), "asked again")
 
@@ -86,7 +85,7 @@ def pure(subject: Subject, draw: Draw) -> CounterExample | None:
     caches of the last request, counters in the score.
     """
     trial = subject.trial(draw)
-    columns, other = draw(strategies.columns()), draw(strategies.columns())
+    columns, other = draw(subject.columns()), draw(subject.columns())
     first = trial.ask("first", columns)
     spoilt = trial.spoilt(columns)
     if spoilt is not None:
@@ -106,7 +105,7 @@ def permutation_equivariant(subject: Subject, draw: Draw) -> CounterExample | No
     Dynamo, SGLang and Infera each had a report of all idle workers tying and the first taking everything.
     """
     trial = subject.trial(draw)
-    columns = draw(strategies.columns(min_size=2))
+    columns = draw(subject.columns(min_size=2))
     order = draw(st.permutations(range(len(columns))))
     before, after = trial.ask("before", columns), trial.ask("after", reordered(columns, order))
     expected, scores = before.scores[order], after.scores
@@ -147,7 +146,7 @@ def _scaled(
     subject: Subject, draw: Draw, scale: Callable[[Columns, int], Columns], unit: str
 ) -> CounterExample | None:
     trial, factor = subject.trial(draw), draw(FACTORS)
-    asked = trial.ask("before", draw(strategies.columns(min_size=2)))
+    asked = trial.ask("before", draw(subject.columns(min_size=2)))
     scaled = Trial(subject.factory())
     for at, before in enumerate((*trial.history, asked)):
         after = scaled.ask("after", scale(before.columns, factor))
@@ -155,7 +154,7 @@ def _scaled(
             reason = f"with {unit} times {factor} the choice moves from {before.instance} to {after.instance}"
             return CounterExample(reason, (before, after), trial.history[:at])
         if before is not asked:
-            scaled = scaled.told(after)
+            scaled = scaled.told(after, times=before.times)
     return None
 
 

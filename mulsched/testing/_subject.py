@@ -1,7 +1,11 @@
-"""A policy under test: built anew, told a history, asked."""
+"""A policy under test: built anew, told a history, asked.
+
+A policy with a detector is asked as a router asks it, while a class is in alarm: it has been told of
+``HOT_REQUESTS`` requests of one class, all prefilled and in flight, and every question is about the next.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -13,12 +17,16 @@ from mulsched.indicators import Columns
 from mulsched.policies import Policy
 from mulsched.policies._policy import select
 from mulsched.testing import strategies
-from mulsched.testing._columns import copied
+from mulsched.testing._columns import copied, make_columns
 from mulsched.testing.report import CounterExample, Shown
+from mulsched.types import Request
 
-__all__ = ["Draw", "Invariant", "Subject", "Trial"]
+__all__ = ["HOT_REQUESTS", "Draw", "Invariant", "Subject", "Trial"]
 
 T = TypeVar("T")
+
+HOT_REQUESTS = 50  # beyond chance (3 standard deviations) for holders that are up to half of the candidates
+_HOT_KEYS = np.arange(1000, 1200, dtype=np.uint64)  # as long as the longest prompt, in blocks of one token
 
 
 class Draw(Protocol):
@@ -40,7 +48,19 @@ class Subject:
         self.renewable = renewable
         policy = factory()
         self.name = policy.name
-        self.stateful = policy.on_dispatch is not None
+        self.has_detector = policy.detector is not None
+        self.stateful = policy.on_dispatch is not None or self.has_detector
+
+    def columns(self, *, min_size: int = 1, max_size: int = 5) -> SearchStrategy[Columns]:
+        """Return what to ask: all columns, of a policy with a detector those of a request of the hot class.
+
+        An alarm is in force where the columns have holders of it that are over their share. Blocks have one
+        token each, so that prompts are long enough to be of a class (16 blocks in mode paper).
+        """
+        if not self.has_detector:
+            return strategies.columns(min_size=min_size, max_size=max_size)
+        columns = strategies.columns(min_size=min_size, max_size=max_size, block_size=1)
+        return columns.map(_of_the_hot_class)
 
     def trial(self, draw: Draw) -> "Trial":
         """Return a policy that has been told of a few decisions of its own, if it wants to hear."""
@@ -48,6 +68,8 @@ class Subject:
         if self.stateful and self.renewable:
             for columns in draw(strategies.histories()):
                 trial = trial.told(trial.ask("told", columns))
+            if self.has_detector:
+                trial = trial.told(trial.ask("told", _overload()), times=HOT_REQUESTS)
         return trial
 
     def again(self, trial: "Trial") -> "Trial":
@@ -56,7 +78,7 @@ class Subject:
             return trial
         copy = Trial(self.factory())
         for shown in trial.history:
-            copy = copy.told(shown)
+            copy = copy.told(shown, times=shown.times)
         return copy
 
 
@@ -67,11 +89,17 @@ class Trial:
     policy: Policy
     history: tuple[Shown, ...] = ()
 
-    def told(self, shown: Shown) -> "Trial":
-        """Tell the policy of a decision, with columns that no one else has."""
-        if self.policy.on_dispatch is not None:
-            self.policy.on_dispatch(copied(shown.columns), shown.position)
-        return Trial(self.policy, (*self.history, shown))
+    def told(self, shown: Shown, *, times: int = 1) -> "Trial":
+        """Tell the policy of a decision, with columns that no one else has; ``times`` requests had it."""
+        columns = copied(shown.columns)
+        for number in range(times):
+            if self.policy.on_dispatch is not None:
+                self.policy.on_dispatch(columns, shown.position)
+            if self.policy.detector is not None:
+                request_id = (len(self.history), number)
+                self.policy.detector.dispatch(columns, request_id, shown.position)
+                self.policy.detector.first_token(request_id)
+        return Trial(self.policy, (*self.history, replace(shown, times=times)))
 
     def ask(self, label: str, columns: Columns) -> Shown:
         """Return the policy's decision; an example on which it raises proves nothing and is left out."""
@@ -95,7 +123,27 @@ class Trial:
     def _select(self, columns: Columns) -> tuple[int, NDArray[np.float64]]:
         # a division by zero shows as a score that is not finite, whatever the caller does with warnings
         with np.errstate(all="ignore"):
-            return select(self.policy, columns, self.policy.ties)
+            return select(self.policy, columns, self.policy.ties, keep=self.kept(columns))
+
+    def kept(self, columns: Columns) -> NDArray[np.bool_] | None:
+        """Return which candidates an alarm leaves, None without an alarm in force for the request."""
+        judged = None if self.policy.detector is None else self.policy.detector.judge(columns)
+        return None if judged is None else judged[0]
+
+
+def _overload() -> Columns:
+    """Return the columns of a request of the hot class, which one of three idle instances holds."""
+    prompt = len(_HOT_KEYS)
+    return make_columns(
+        prompt_tokens=prompt, block_size=1, matched_blocks=[prompt, 0, 0], keys=_HOT_KEYS.copy(), now=9.0
+    )
+
+
+def _of_the_hot_class(columns: Columns) -> Columns:
+    old = columns.request
+    keys = _HOT_KEYS[: len(old.keys)].copy()
+    columns.request = Request(old.prompt_tokens, keys, old.request_id, old.session)
+    return columns
 
 
 class Invariant(Protocol):

@@ -13,8 +13,9 @@ __all__ = ["CounterExample", "Finding", "Report", "Shown"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shown:
-    """One decision of a counter-example: ``scores``, shape ``(n,)``, NaN where filtered out.
+    """One decision of a counter-example: ``scores``, shape ``(n,)``, NaN where filtered out or in alarm.
 
+    ``times``: so many requests had this decision and are in flight; 1 except in the history of a detector.
     Where the policy did not decide, ``scores`` is empty and ``position`` is -1.
     """
 
@@ -22,6 +23,7 @@ class Shown:
     columns: Columns
     scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     position: int = -1
+    times: int = 1
 
     @property
     def instance(self) -> str:
@@ -129,7 +131,8 @@ def _differing(decisions: tuple[Shown, ...]) -> list[str]:
 def _table(shown: Shown, names: list[str]) -> list[str]:
     columns = shown.columns
     request = columns.request
-    head = f"{shown.label}: prompt_tokens {request.prompt_tokens}, block_size {columns.block_size}"
+    often = f" {shown.times} times" if shown.times > 1 else ""
+    head = f"{shown.label}{often}: prompt_tokens {request.prompt_tokens}, block_size {columns.block_size}"
     if request.session is not None:
         head += f", session {request.session!r}"
     rows = [("", "instance", "score", *names)]

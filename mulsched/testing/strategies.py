@@ -33,19 +33,21 @@ BLOCK_SIZES = (16, 1)
 """vLLM's default and the smallest, of which the first is the simpler."""
 
 
-def columns(*, min_size: int = 1, max_size: int = 5, now: float | None = 10.0) -> st.SearchStrategy[Columns]:
+def columns(
+    *, min_size: int = 1, max_size: int = 5, now: float | None = 10.0, block_size: int | None = None
+) -> st.SearchStrategy[Columns]:
     """Columns that a router can come to, of ``min_size`` to ``max_size`` candidates.
 
-    Prompts have up to 200 tokens, in blocks of 16 or 1. Half the time instances have up to 40 requests
-    running, 5 waiting, and a queue of up to 300 tokens or, less often, a million; half the time only up to
-    3, 1 and 31, and half of that time all are alike. Context is on instances with requests only, at least as
-    many blocks are cached as match, and no two candidates were chosen last at the same time: nothing is left
-    to the order of rows.
+    Prompts have up to 200 tokens, in blocks of 16 or 1 or as given. Half the time instances have up to 40
+    requests running, 5 waiting, and a queue of up to 300 tokens or, less often, a million; half the time
+    only up to 3, 1 and 31, and half of that time all are alike. Context is on instances with requests only,
+    at least as many blocks are cached as match, and no two candidates were chosen last at the same time:
+    nothing is left to the order of rows.
     """
     # One draw instead of some thirty, each of which costs as much as a decision. Shrinking drops instances
     # and lowers bytes, and every byte means more as it grows.
     return st.binary(min_size=_HEAD + _ROW * min_size, max_size=_HEAD + _ROW * max_size).map(
-        lambda drawn: _columns(drawn, now)
+        lambda drawn: _columns(drawn, now, block_size)
     )
 
 
@@ -64,9 +66,10 @@ _CONTEXT = _steps((64, 0, 0), (192, 1, 4000))
 _CACHED = _steps((64, 0, 0), (192, 1, 100))
 
 
-def _columns(drawn: bytes, now: float | None) -> Columns:
+def _columns(drawn: bytes, now: float | None, block_size: int | None) -> Columns:
     head = drawn[:_HEAD]
-    prompt, size = int(_PROMPT[head[0]]), BLOCK_SIZES[head[1] // 192]
+    prompt = int(_PROMPT[head[0]])
+    size = BLOCK_SIZES[head[1] // 192] if block_size is None else block_size
     # whole rows; what is left over of a row is not used
     n = (len(drawn) - _HEAD) // _ROW
     rows = (

@@ -115,9 +115,9 @@ def test_with_the_last_token_the_herd_ends_at_the_length_of_the_prompt():
 # -- ties
 
 
-def spread(requests, instances, *, ties, policy="lmetric", finish=False, shared=True):
-    """How many of a burst each instance gets; with ``finish`` each is done before the next comes."""
-    router = Router(policy=policy, ties=ties)
+def spread(requests, instances, *, ties, policy="lmetric", finish=False, shared=True, seed=0):
+    """The most of a burst that one instance gets; with ``finish`` each is done before the next comes."""
+    router = Router(policy=policy, ties=ties, seed=seed)
     for row in range(instances):
         router.add_instance(f"i{row}", cache_blocks=10_000)
     sent = Counter()
@@ -143,7 +143,8 @@ def test_where_scores_ignore_bookings_the_first_row_gets_the_whole_burst():
     for requests, instances in SIZES:
         blind = {"policy": "most_hits", "shared": False}  # a prefix in flight would be a hit
         assert spread(requests, instances, ties="first", **blind) == requests
-        assert spread(requests, instances, ties="least_recent", **blind) == -(-requests // instances)
+        for ties in ("least_recent", "random"):  # after the lowest batch size, which a booking raises
+            assert spread(requests, instances, ties=ties, **blind) == -(-requests // instances)
 
 
 def test_a_score_of_hits_alone_follows_a_prefix_in_flight_under_any_tie_rule():
@@ -156,6 +157,17 @@ def test_on_an_idle_fleet_the_first_row_gets_every_cold_request_one_after_anothe
         alone = {"finish": True, "shared": False}
         assert spread(requests, instances, ties="first", **alone) == requests
         assert spread(requests, instances, ties="least_recent", **alone) == -(-requests // instances)
+
+
+def test_on_an_idle_fleet_random_ties_draw_the_place_of_each_cold_request():
+    alone = {"ties": "random", "finish": True, "shared": False}
+    for requests, instances in SIZES:
+        assert -(-requests // instances) <= spread(requests, instances, **alone) <= requests
+    # of all places of 4 requests on 2 instances, the most is 2, 3 or 4 with 3/8, 1/2 and 1/8: mean 2.75
+    most = [spread(4, 2, seed=seed, **alone) for seed in range(400)]
+    assert set(most) == {2, 3, 4}
+    deviation = (7 / 16 / 400) ** 0.5
+    assert abs(sum(most) / 400 - 2.75) < 4 * deviation
 
 
 def test_decisions_from_one_stale_state_all_fall_on_one_instance_under_either_rule():

@@ -27,6 +27,15 @@ if PAGE.exists():
         for name, path in links:
             assert name in tests_in(ROOT / path)
 
+    def test_every_symbol_has_one_row_of_the_table():
+        table, _, text = TEXT.partition("The score is P * B")
+        cells = re.findall(r"^\| (?!symbol|---)((?:\\\||[^|])*) \|", table, re.MULTILINE)
+        symbols = [symbol.strip() for cell in cells for symbol in re.split("[,;]", cell)]
+        assert len(symbols) == len(set(symbols))
+        prose = re.sub(r"`[^`]*`|\(\.\.?/[^)]*\)|'s\b", "", text)
+        letters = set(re.findall(r"(?<![\w\"-])[A-Za-z](?!\w)", prose)) - {"A", "a"}  # articles; a has a row
+        assert letters <= set(symbols)
+
     def test_every_theory_test_backs_a_claim():
         linked = {name for name, _ in LINK.findall(TEXT)}
         here = [p for p in Path(__file__).parent.glob("test_*.py") if p.name != Path(__file__).name]
