@@ -153,7 +153,10 @@ def runs(cell: Cell, tuned: Mapping[str, Any] | None) -> list[Run]:
         predicting = [Run(name, step_times(cell.setup)) for name in PREDICTING_POLICIES]
         return repeats() + defaults + predicting + _trials("linear", "dynamo", "bailian")
     if cell.stage == "losing":
-        trials = [run for run in _trials("linear") if run.parameters["weight"] in (0.3, 0.6, 0.9)]
+        some = {"linear": (0.3, 0.6, 0.9), "dynamo": (4.0, 16.0)}
+        trials = [
+            run for run in _trials(*some) if next(iter(run.parameters.values())) in some[run.policy]
+        ]
         return repeats() + [Run(name) for name in LOSING_POLICIES] + trials
     if cell.stage == "sweep":
         best = Run("linear", tuned or {}, role="trial")

@@ -45,7 +45,7 @@ def least_p_tokens() -> Policy:
     return Policy(
         name="least_p_tokens",
         score=Multiplicative("p_tokens"),
-        source="ablation of arXiv 2603.15202, section 5",
+        source="mulsched: LMetric without the batch size",
     )
 
 
