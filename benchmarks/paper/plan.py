@@ -154,9 +154,7 @@ def runs(cell: Cell, tuned: Mapping[str, Any] | None) -> list[Run]:
         return repeats() + defaults + predicting + _trials("linear", "dynamo", "bailian")
     if cell.stage == "losing":
         some = {"linear": (0.3, 0.6, 0.9), "dynamo": (4.0, 16.0)}
-        trials = [
-            run for run in _trials(*some) if next(iter(run.parameters.values())) in some[run.policy]
-        ]
+        trials = [run for run in _trials(*some) if next(iter(run.parameters.values())) in some[run.policy]]
         return repeats() + [Run(name) for name in LOSING_POLICIES] + trials
     if cell.stage == "sweep":
         best = Run("linear", tuned or {}, role="trial")
