@@ -41,7 +41,9 @@ def _bailian(hit: float) -> dict[str, float]:
 
 GRIDS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "linear": tuple({"weight": w} for w in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)),
-    "dynamo": tuple({"overlap_weight": w} for w in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
+    "dynamo": tuple(
+        {"overlap_weight": w} for w in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0)
+    ),
     "bailian": tuple(_bailian(w) for w in (0.2, 0.4, 0.7, 0.9, 0.98)),
 }
 
