@@ -29,15 +29,8 @@ def main() -> None:
         for quantile in QUANTILES:
             for call, both in taken.items():
                 without, with_it = (sorted(spent)[int(LIVES * quantile)] for spent in both)
-                row = (
-                    instances,
-                    quantile,
-                    call,
-                    f"{without:.2f}",
-                    f"{with_it:.2f}",
-                    f"{with_it - without:.2f}",
-                )
-                print("| " + " | ".join(map(str, row)) + " |")
+                times = f"{without:.2f} | {with_it:.2f} | {with_it - without:.2f}"
+                print(f"| {instances} | {quantile} | {call} | {times} |")
 
 
 def life_us(router: Router, request_id: int) -> dict[str, float]:
