@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mulsched.block_keys import path_hashes
 from mulsched.errors import DuplicateRequest
 from mulsched.indicators import COLUMNS
 from mulsched.types import Keys
@@ -24,8 +25,6 @@ Found = tuple[int, int, float, int]
 """A class in alarm: depth in blocks, hash, load in flight, holders."""
 
 _P_TOKENS, _BATCH_SIZE = COLUMNS.index("p_tokens"), COLUMNS.index("batch_size")
-
-_FACTOR = 0x9E3779B97F4A7C15  # odd, so that its powers never vanish modulo 2**64
 
 
 def class_depths(n_blocks: int) -> list[int]:
@@ -41,15 +40,11 @@ def class_depths(n_blocks: int) -> list[int]:
 
 
 def prefix_hashes(keys: Keys, depths: list[int]) -> list[int]:
-    """Return a 64-bit hash of the first ``depth`` keys for each depth: a polynomial in the keys.
-
-    The keys are hashes already, so a sum in which each position has its own odd factor keeps paths apart.
-    """
+    """Return a 64-bit hash of the first ``depth`` keys for each depth."""
     if not depths:
         return []
-    powers = np.full(depths[-1], _FACTOR, dtype=np.uint64).cumprod(dtype=np.uint64)
-    sums = (keys[: depths[-1]] * powers).cumsum(dtype=np.uint64)
-    return [int(sums[depth - 1] ^ np.uint64(depth)) for depth in depths]
+    hashes = path_hashes(keys[: depths[-1]])
+    return [int(hashes[depth - 1]) for depth in depths]
 
 
 @dataclass(slots=True)

@@ -27,10 +27,12 @@ if BACKEND == "native":
 else:
     from mulsched._block_keys_py import hash_blocks, hash_text_blocks
 
-__all__ = ["DEFAULT_SEED", "block_keys", "engine_hash", "namespace_seed", "text_block_keys"]
+__all__ = ["DEFAULT_SEED", "block_keys", "engine_hash", "namespace_seed", "path_hashes", "text_block_keys"]
 
 DEFAULT_SEED = 1337
 """The seed that Dynamo and smg use for local block hashes."""
+
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers never vanish modulo 2**64
 
 Tokens = Sequence[int] | NDArray[np.integer] | memoryview
 
@@ -173,3 +175,14 @@ def engine_hash(value: EngineHash) -> int:
     if not -(2**63) <= number < 2**64:
         raise InvalidArgument(f"an engine hash must fit into 64 bits, got {value}")
     return number % 2**64
+
+
+def path_hashes(keys: Keys) -> Keys:
+    """Return for each block a 64-bit hash of it and all before it: a polynomial in the keys. O(blocks).
+
+    The keys are hashes already, so a sum in which each position has its own odd factor keeps paths apart.
+    """
+    n = len(keys)
+    powers = np.full(n, _FACTOR).cumprod(dtype=np.uint64)
+    hashes: Keys = (keys * powers).cumsum(dtype=np.uint64) ^ np.arange(1, n + 1, dtype=np.uint64)
+    return hashes

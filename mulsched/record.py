@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mulsched.block_keys import path_hashes
 from mulsched.decision import Decision
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.indicators import COLUMNS
@@ -31,9 +32,6 @@ __all__ = ["FORMAT", "VERSION", "Recorder"]
 FORMAT = "mulsched-router-log"
 VERSION = 1
 """The version that is written; every version up to it is read."""
-
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit of a key is lost; otherwise arbitrary
-_OFFSET = np.uint64(0xD1B54A32D192ED03)  # so that a key of 0 counts too
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps makes one a call
 
@@ -113,7 +111,7 @@ class Recorder:
         if decision.alarm is not None:
             line["alarm"] = str(decision.alarm)
         keys = columns.request.keys
-        paths = _paths(keys)
+        paths = path_hashes(keys)
         with self._lock:
             shared, line["decision"] = self._known(paths), self._decisions
             if shared:
@@ -182,13 +180,6 @@ class Recorder:
     ) -> None:
         """Close the file."""
         self.close()
-
-
-def _paths(keys: Keys) -> Keys:
-    """Return a hash of each block and all before it: a polynomial in the keys, which are hashes already."""
-    powers = np.multiply.accumulate(np.full(len(keys), _FACTOR))
-    paths: Keys = np.add.accumulate((keys + _OFFSET) * powers)
-    return paths
 
 
 def _seconds(now: float) -> float:
