@@ -26,12 +26,11 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mulsched.types import Keys
+from mulsched.types import AFTER_PARENT, REMOVED, Keys
 
 __all__ = ["PrefixIndexPy"]
 
 UNKNOWN_PARENT = -1
-_AFTER_PARENT, _REMOVED = 1, 2  # kinds of event in a run
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -426,13 +425,13 @@ class PrefixIndexPy:
         for kind, n_blocks, parent in table.tolist():
             named = hashes[n_hashes : n_hashes + n_blocks]
             n_hashes += n_blocks
-            if kind == _REMOVED:
+            if kind == REMOVED:
                 removed += n_blocks
                 known += self.remove_named(row, named)
                 continue
             path = keys[n_keys : n_keys + n_blocks]
             n_keys += n_blocks
-            after = parent if kind == _AFTER_PARENT else None
+            after = parent if kind == AFTER_PARENT else None
             if self.store_named(row, after, named, path, counts_copies) == UNKNOWN_PARENT:
                 refused += 1
             else:
@@ -653,9 +652,9 @@ def _check_run(table: NDArray[np.uint64], n_hashes: int, n_keys: int) -> None:
         raise ValueError(f"a table of 3 columns expected, got {table.shape[1]}")
     events = table.tolist()
     for kind, _, _ in events:
-        if kind > _REMOVED:
+        if kind > REMOVED:
             raise ValueError(f"a kind of event in 0..2 expected, got {kind}")
-    stored = sum(n_blocks for kind, n_blocks, _ in events if kind != _REMOVED)
+    stored = sum(n_blocks for kind, n_blocks, _ in events if kind != REMOVED)
     if sum(n_blocks for _, n_blocks, _ in events) != n_hashes or stored != n_keys:
         raise ValueError(
             "as many hashes as the events have blocks and as many keys as they store expected, "

@@ -38,6 +38,7 @@ from mulsched.policies._policy import select as select_composed
 from mulsched.prefix_index import PrefixIndex, as_capacity, as_hashes, as_keys
 from mulsched.scorers import Custom, Linear, Multiplicative, native_form
 from mulsched.types import (
+    AFTER_PARENT,
     BlockRemoved,
     BlockStored,
     CacheCleared,
@@ -139,6 +140,7 @@ class Router:
         cost_ratios = check_cost_ratios(tier_cost_ratio)
         # in the order of rows like the index of what is in flight
         self._tiers = LowerTiers(cost_ratios) if cost_ratios else None
+        self._media = ("GPU", *cost_ratios)
         self._fused = _fused(self._policy, self._ties, self._seed)
         self._key_seed = int(key_seed)
         if detector is not None and not isinstance(detector, FailureDetector):
@@ -179,7 +181,7 @@ class Router:
     @property
     def media(self) -> tuple[str, ...]:
         """The media whose events count: the GPU, and the tiers of ``tier_cost_ratio``, the cheapest first."""
-        return ("GPU",) if self._tiers is None else ("GPU", *self._tiers.cost_ratios)
+        return self._media
 
     @property
     def lower_tiers(self) -> dict[str, PrefixIndex]:
@@ -451,7 +453,7 @@ class Router:
             self._tiers.charge(columns)
         # a score that computes in place would change what is booked
         columns.table.setflags(write=False)
-        if self._fused is not None and self._tiers is not None:
+        if self._fused is not None:
             scores = np.empty(len(columns.instances))
             position = pick_fused(
                 request.prompt_tokens, columns.rows, columns.table, scores, self._fused, self._decision
@@ -604,7 +606,7 @@ class Router:
         BlockSizeMismatch, InvalidTokens, InvalidArgument, InvalidType.
         """
         with self._lock:
-            if isinstance(event, BlockStored | BlockRemoved) and event.medium not in self.media:
+            if isinstance(event, BlockStored | BlockRemoved) and event.medium not in self._media:
                 self._index.row(event.instance)
             elif isinstance(event, BlockStored):
                 self._apply_stored(event)
@@ -647,7 +649,7 @@ class Router:
                 raise InvalidArgument(f"whole blocks of {size} token_ids expected, got {n_tokens}")
             keys = block_keys(run.token_ids, size, namespace=run.namespace, seed=self._key_seed)
             if run.instance in self._predicted:
-                if all(kind == 1 for kind in run.table[:, 0]):  # such stores alone say nothing of the cache
+                if (run.table[:, 0] == AFTER_PARENT).all():  # such stores alone say nothing of the cache
                     return RunApplied(0, len(run), 0, 0)
                 self._observe(run.instance)
             return self._index.apply_run(

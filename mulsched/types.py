@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "AFTER_PARENT",
+    "REMOVED",
+    "STARTS_PROMPT",
     "BlockRemoved",
     "BlockStored",
     "CacheCleared",
@@ -113,12 +116,16 @@ class RunApplied(NamedTuple):
     """How many of those removed had been known."""
 
 
+STARTS_PROMPT, AFTER_PARENT, REMOVED = range(3)
+"""What an event of a run is; ``KvKind`` in csrc/kv_event.hpp."""
+
+
 @dataclass(frozen=True, slots=True)
 class EventRun:
     """Stores and removals of one instance on one medium, in order, in arrays: many for the price of one.
 
-    ``table`` has shape ``(n_events, 3)``, uint64: what an event is (0: blocks that start a prompt, 1: blocks
-    after a parent, 2: a removal), how many blocks it has, and the parent's hash. ``block_hashes``: of all
+    ``table`` has shape ``(n_events, 3)``, uint64: what an event is (STARTS_PROMPT, AFTER_PARENT or
+    REMOVED: 0, 1, 2), how many blocks it has, and the parent's hash. ``block_hashes``: of all
     events, shape ``(n_blocks,)``; ``token_ids``: of all stores, ``block_size`` a block, uint32. The rest is
     as in ``BlockStored`` and true of all stores; the namespace has no cache salt. Iterating makes the events
     one by one, with the hashes as words of 64 bits.
@@ -143,7 +150,7 @@ class EventRun:
         for kind, n_blocks, parent in self.table.tolist():
             hashes = self.block_hashes[at : at + n_blocks]
             at += n_blocks
-            if kind == 2:
+            if kind == REMOVED:
                 yield BlockRemoved(self.instance, hashes, self.medium)
                 continue
             tokens = self.token_ids[token : token + n_blocks * self.block_size]
@@ -151,7 +158,7 @@ class EventRun:
             yield BlockStored(
                 self.instance,
                 hashes,
-                parent if kind == 1 else None,
+                parent if kind == AFTER_PARENT else None,
                 self.block_size,
                 tokens,
                 namespace=self.namespace,

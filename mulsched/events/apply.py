@@ -8,7 +8,7 @@ import numpy as np
 from mulsched.errors import BlockSizeMismatch, MulschedError, UnknownInstance
 from mulsched.events.batch import EventBatch, KvEvent
 from mulsched.router import Router
-from mulsched.types import BlockStored, CacheCleared, EventRun
+from mulsched.types import REMOVED, BlockStored, CacheCleared, EventRun
 
 __all__ = ["apply_batch"]
 
@@ -53,7 +53,7 @@ def _apply_run(router: Router, run: EventRun, counts: Counter[str]) -> bool:
 
 
 def _removals(run: EventRun) -> EventRun:
-    removed = run.table[:, 0] == 2
+    removed = run.table[:, 0] == REMOVED
     hashes = run.block_hashes[np.repeat(removed, run.table[:, 1].astype(np.intp))]
     return replace(run, table=run.table[removed], block_hashes=hashes, token_ids=run.token_ids[:0])
 
