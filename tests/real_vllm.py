@@ -13,28 +13,15 @@ import urllib.request
 
 import zmq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from vllm_reference.tiny_llama import START_S, tiny_llama
 
 BLOCK_SIZE = 32  # vLLM on a CPU takes multiples of it
 BLOCKS = 30  # few, so that requests push others out of the cache
 ADAPTER = "tiny-adapter"
-START_S = 900  # a start takes 45 s on two idle cores, minutes on busy ones
 WAIT_S = 120
 TEXT = "route each prompt where most of its blocks are cached and the batch is small"
 WORDS = TEXT.split()
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "torch_dtype": "float32",
-}
+MODEL = tiny_llama(512)
 TEMPLATE = (
     "{% for message in messages %}{{ bos_token }}{{ message.role }}: {{ message.content }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ bos_token }}assistant: {% endif %}"

@@ -25,6 +25,7 @@ EXAMPLES = int(os.environ.get("MULSCHED_MACHINE_EXAMPLES", "100"))
 # Small enough that random paths meet, part, and meet again.
 KEYS = st.lists(st.integers(0, 2), max_size=6)
 HASHES = st.integers(0, 8)
+NAMED_BLOCKS = st.lists(st.tuples(HASHES, st.integers(0, 2)), max_size=4)
 CAPACITY = st.integers(1, 8)
 KINDS = st.sampled_from(["bounded", "unbounded", "named"])
 DRAW = st.integers(0, 11)  # divisible by every possible number of rows to draw from
@@ -101,7 +102,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(
         draw=DRAW,
         parent=st.none() | HASHES,
-        blocks=st.lists(st.tuples(HASHES, st.integers(0, 2)), max_size=4),
+        blocks=NAMED_BLOCKS,
     )
     def store_named(self, draw, parent, blocks):
         self.all(
@@ -112,7 +113,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(
         draw=DRAW,
         which=DRAW,
-        blocks=st.lists(st.tuples(HASHES, st.integers(0, 2)), max_size=4),
+        blocks=NAMED_BLOCKS,
         counts_copies=st.booleans(),
     )
     def store_after_a_known_block(self, draw, which, blocks, counts_copies):
@@ -125,7 +126,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(
         draw=DRAW,
         path=KEYS,
-        blocks=st.lists(st.tuples(HASHES, st.integers(0, 2)), max_size=4),
+        blocks=NAMED_BLOCKS,
         counts_copies=st.booleans(),
     )
     def store_after_a_path(self, draw, path, blocks, counts_copies):

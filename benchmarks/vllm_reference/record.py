@@ -23,23 +23,10 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from sequences import BLOCK_SIZE, SERVERS, VOCABULARY, Wave, prompt_tokens, sequences
+from tiny_llama import START_S, tiny_llama
 
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "torch_dtype": "float32",
-}
+MODEL = tiny_llama(VOCABULARY)
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
-START_S = 900  # a start takes 45 s on two idle cores, minutes on busy ones
 ANSWER_S = 120
 STOP_S = 60
 
