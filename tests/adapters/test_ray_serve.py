@@ -3,10 +3,10 @@
 import asyncio
 import contextvars
 import os
-import time
 from collections import Counter
 
 import pytest
+from ray_calls import chat, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 
@@ -66,18 +66,6 @@ def handle():
 
 def router_of(handle):
     return handle._router._asyncio_router._request_router
-
-
-def until(condition, timeout_s=30):
-    """Poll: Ray tells of ends and deaths from its own threads and processes, and gives nothing to wait for."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def chat(text):
-    return {"messages": [{"role": "user", "content": text}]}
 
 
 def test_a_conversation_stays_with_the_replica_that_holds_its_prefix(handle):

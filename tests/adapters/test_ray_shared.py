@@ -8,14 +8,17 @@ import contextlib
 import os
 import signal
 import sys
-import time
 from collections import Counter
+from functools import partial
 
 import pytest
+from ray_calls import chat, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 
 REPLICAS = 4
+
+until_told = partial(until, timeout_s=60)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,7 @@ def fronts(cluster):
     front = ray.remote(num_cpus=0)(Front)
     fronts = [front.options(resources={node: 0.01}).remote() for node in ("a", "b")]
     use(fronts, "shared")
-    until(lambda: the_actor_decides(fronts))
+    until_told(lambda: the_actor_decides(fronts))
     return fronts
 
 
@@ -180,23 +183,11 @@ def the_actor_decides(fronts):
     return counts[0] == counts[1]
 
 
-def until(condition, timeout_s=60):
-    """Poll: Ray tells of ends and deaths from its own threads and processes, and gives nothing to wait for."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def chat(text):
-    return {"messages": [{"role": "user", "content": text}]}
-
-
 def start_bursts(fronts, body, each, burst):
     """Send requests from every process at once; return when all are on their way to replicas."""
     for front in fronts:
         front.start.remote([body] * each, burst)
-    until(lambda: sum(get(front.booked.remote()) for front in fronts) == each * len(fronts))
+    until_told(lambda: sum(get(front.booked.remote()) for front in fronts) == each * len(fronts))
 
 
 def finish_bursts(fronts, burst):
@@ -227,14 +218,14 @@ def test_processes_that_share_nothing_do_herd(fronts):
 def test_a_prefix_that_one_process_placed_is_found_by_the_other(fronts):
     for topic in "xyz":
         first = get(fronts[0].ask.remote(chat(topic * 4000)))
-        until(nothing_is_booked)
+        until_told(nothing_is_booked)
         assert get(fronts[1].ask.remote(chat(topic * 4000 + "more"))) == first
 
 
 def test_finished_requests_leave_nothing_booked(fronts):
     for front in fronts:
         get(front.ask.remote(chat("hello" * 100)))
-    until(nothing_is_booked)
+    until_told(nothing_is_booked)
 
 
 def test_a_killed_replica_is_forgotten_for_both_processes(fronts):
@@ -244,11 +235,11 @@ def test_a_killed_replica_is_forgotten_for_both_processes(fronts):
     get(fronts[0].die.remote(prompt))
     elsewhere = [get(front.ask.remote(prompt)) for front in (*fronts, *fronts)]
     assert holder not in elsewhere
-    until(lambda: len(set(before) - set(in_actor(instances))) == 1)
+    until_told(lambda: len(set(before) - set(in_actor(instances))) == 1)
 
 
 def test_while_the_actor_hangs_requests_go_on_and_it_hears_of_them_later(fronts):
-    until(nothing_is_booked)
+    until_told(nothing_is_booked)
     before = local_decisions(fronts)
     pid = in_actor(lambda shared: os.getpid())
     os.kill(pid, signal.SIGSTOP)
@@ -258,9 +249,9 @@ def test_while_the_actor_hangs_requests_go_on_and_it_hears_of_them_later(fronts)
     finally:
         os.kill(pid, signal.SIGCONT)
     assert local >= 6  # Ray may ask again for a request
-    until(lambda: sum(in_actor(loads)) == 6)
+    until_told(lambda: sum(in_actor(loads)) == 6)
     finish_bursts(fronts, "hung")
-    until(nothing_is_booked)
+    until_told(nothing_is_booked)
 
 
 @pytest.mark.parametrize("for_good", [False, True])
@@ -272,9 +263,9 @@ def test_when_the_actor_dies_requests_go_on_and_another_takes_its_place(fronts, 
     ray.kill(actor(), no_restart=for_good)
     assert all(get(front.ask.remote(chat("t" * 400))) for front in fronts)
     assert sum(finish_bursts(fronts, f"killed {for_good}").values()) == 4
-    until(lambda: the_actor_decides(fronts))
+    until_told(lambda: the_actor_decides(fronts))
     assert in_actor(lambda shared: os.getpid()) != pid
-    until(nothing_is_booked)
+    until_told(nothing_is_booked)
 
 
 def test_the_actor_goes_with_the_last_replica(fronts):
@@ -289,4 +280,4 @@ def test_the_actor_goes_with_the_last_replica(fronts):
             return True
         return False
 
-    until(gone)
+    until_told(gone)
