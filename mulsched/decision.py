@@ -12,9 +12,9 @@ from mulsched.indicators import COLUMNS, Columns
 __all__ = ["Decision"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # frozen, it would take three times as long to make
 class Decision:
-    """Which instance, and everything the choice was made from.
+    """Which instance, and everything the choice was made from: to be read, not changed.
 
     ``columns`` are the candidates' indicators at that moment; ``scores``, shape ``(n,)``, is NaN where a
     filter excluded the candidate; ``position`` is the chosen one's place in both. ``alarm``: what a
