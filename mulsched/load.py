@@ -111,8 +111,9 @@ class LoadTable:
     def _set_table(self, table: NDArray[np.int64]) -> None:
         self.table = table
         # to add to one entry, which through the array would take twice as long
-        columns = map(memoryview, table)
-        self._queued, self._running, self._waiting, self._context, self._last_chosen = columns
+        self._queued, self._running, self._waiting, self._context, self._last_chosen = (
+            memoryview(column) for column in table
+        )
 
     def __len__(self) -> int:
         """Return how many requests are booked."""

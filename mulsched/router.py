@@ -417,12 +417,12 @@ class Router:
             raise InvalidType(f"session must be a str or None, got {type(session).__name__}")
         names, rows = self._candidates(candidates)
         columns = Columns(
-            request=Request(prompt_tokens, keys, request_id, session),
-            instances=names,
-            rows=rows,
-            table=np.empty((len(COLUMNS), len(names)), dtype=np.int64),
-            decision=self._decision,
-            block_size=self._block_size,
+            Request(prompt_tokens, keys, request_id, session),
+            names,
+            rows,
+            np.empty((len(COLUMNS), len(names)), dtype=np.int64),
+            self._decision,
+            self._block_size,
             seed=self._seed,
             now=now,
         )
@@ -477,7 +477,7 @@ class Router:
     ) -> Decision:
         self._load.check_new(request_id)
         decision = self._decide(keys, prompt_tokens, candidates, session, request_id, now)
-        self._book(decision, int(decision.columns.rows[decision.position]), request_id, now)
+        self._book(decision, decision.columns.rows.item(decision.position), request_id, now)
         return decision
 
     def _book(self, decision: Decision, row: int, request_id: Hashable, now: float | None) -> None:
