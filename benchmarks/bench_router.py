@@ -54,7 +54,7 @@ def bench_route(benchmark, policy, quick):
 @pytest.mark.benchmark(group="select, 8,192 tokens x 64 instances")
 @pytest.mark.parametrize("policy", ["lmetric", composed], ids=["fused", "numpy score"])
 def bench_select(benchmark, policy, quick):
-    """Between two bookings, as a route is: alone, it would find the processor's caches warm and nothing booked."""
+    """Between two bookings, as a route is: alone, it would find warm caches and nothing booked."""
     router, ids = warm_router(policy), itertools.count()
 
     def fresh():

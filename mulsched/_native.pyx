@@ -675,7 +675,7 @@ cdef class PrefixIndex:
 
 
 def common_blocks(keys, others):
-    """Return how many leading blocks ``keys`` shares with the one of ``others`` that shares the most with it."""
+    """Return how many leading blocks of ``keys`` the one of ``others`` has that has most of them."""
     cdef Words path = words_of(keys), other
     cdef uint32_t shared = 0
     for array in others:

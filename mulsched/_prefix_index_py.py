@@ -677,7 +677,7 @@ def _take_one(counts: dict[T, int], key: T) -> bool:
 
 
 def common_blocks(keys: Keys, others: Iterable[Keys]) -> int:
-    """Return how many leading blocks ``keys`` shares with the one of ``others`` that shares the most with it."""
+    """Return how many leading blocks of ``keys`` the one of ``others`` has that has most of them."""
     shared = 0
     for other in others:
         n = min(len(keys), len(other))
