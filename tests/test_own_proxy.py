@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import aiohttp
@@ -15,6 +16,7 @@ from mulsched.mock_engine.engine import MockEngine
 from mulsched.mock_engine.kv_events import KvEventPublisher
 from mulsched.mock_engine.server import MockServer
 from mulsched.mock_engine.tokenizer import ByteTokenizer
+from mulsched.replay import read_trace
 from mulsched.replay.profile import Profile
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -199,3 +201,30 @@ def test_a_body_that_cannot_be_read_is_for_the_engine_to_refuse():
             assert "not JSON" in (await answer.json())["error"]["message"]
 
     run(scenario, mock_engine("a"))
+
+
+def names_of_the_page():
+    """Run the page's snippets, one after another; return what they define."""
+    page, names = (DOCS / "your-proxy.md").read_text(), {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "your-proxy.md", "exec"), names)
+    return names
+
+
+def test_the_code_of_the_page_runs_and_leaves_nothing_booked():
+    names = names_of_the_page()
+    assert (len(names["lives"]), len(names["texts"])) == (0, 0)
+    assert read_trace(names["log"]).output_tokens.tolist() == [40]
+
+
+def test_the_code_of_the_page_follows_an_engine():
+    async def scenario(router, follow):
+        async with asyncio.timeout(60), mock_engine("a") as engine, aiohttp.ClientSession(engine.url) as http:
+            router.add_instance(engine.url, cache_blocks=1000)
+            following = asyncio.ensure_future(follow(engine.url))
+            async with http.post("/v1/completions", json={"prompt": "words " * 100, "max_tokens": 40}):
+                await until(lambda: router.index.blocks(engine.url) == (150 + 39) // 16)
+            following.cancel()
+
+    names = names_of_the_page()
+    asyncio.run(scenario(names["router"], names["follow"]))

@@ -15,7 +15,7 @@ def test_the_page_shows_every_row_of_the_results():
     from router_view.run import table
 
     rows = table(json.loads(RESULTS.read_text())).splitlines()
-    page = (HERE / "docs" / "lifecycle.md").read_text()
+    page = (HERE / "docs" / "lifecycle-results.md").read_text()
     assert len(rows) == 2 + 5 * 9 + 6 * 3
     assert [row for row in rows if row not in page] == []
 
