@@ -28,7 +28,7 @@ TIMEOUT = aiohttp.ClientTimeout(
 
 
 def tokens_of(body):
-    """Return what the engine makes of a chat: its own template, its own tokenizer."""
+    """Return what the mock engine makes of a chat; of a model, ``mulsched.prompt_reader`` knows it."""
     try:
         return ByteTokenizer().chat(
             [(each["role"], each["content"]) for each in json.loads(body)["messages"]]
