@@ -138,5 +138,5 @@ def application(proxy, urls):
 if __name__ == "__main__":
     port, *urls = sys.argv[1:]
     # handler_cancellation: else a client's leaving shows at the next write only, and never during a prefill;
-    # reuse_port: several processes may serve one port
+    # reuse_port: several processes may serve one port, at the cost of several routers
     web.run_app(application(Proxy(), urls), port=int(port), handler_cancellation=True, reuse_port=True)
