@@ -7,6 +7,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
+from mulsched.commands._tiers import add_tier_option, tier_cost_ratio
 from mulsched.errors import InvalidArgument
 from mulsched.lifecycle import Lifecycle
 from mulsched.prompt_routing import CHARACTERS_PER_TOKEN
@@ -54,6 +55,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--kv-format", default="vllm", choices=("vllm", "sglang"), help="whose KV events (default: vllm)"
     )
+    add_tier_option(parser)
     parser.add_argument(
         "--prefill-tokens-per-s", type=float, metavar="X", help="of an engine, for answers not streamed"
     )
@@ -119,7 +121,8 @@ def _routing(options: argparse.Namespace) -> tuple[Lifecycle, Any]:
         def encode(text: str) -> Any:
             return tokenizer.encode(text, add_special_tokens=False).ids
 
-    router = Router(block_size=options.block_size * scale, policy=options.policy)
+    tiers = tier_cost_ratio(options, events=options.kv_events)
+    router = Router(block_size=options.block_size * scale, policy=options.policy, tier_cost_ratio=tiers)
     rate = options.prefill_tokens_per_s
     return Lifecycle(router, prefill_tokens_per_s=None if rate is None else rate * scale), encode
 

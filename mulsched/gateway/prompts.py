@@ -66,6 +66,11 @@ class PromptReader:
         return self._block_size if self._encode is not None else self._block_size * CHARACTERS_PER_TOKEN
 
     @property
+    def tokenizes(self) -> bool:
+        """Whether prompts become the tokens that KV events speak of."""
+        return self._encode is not None
+
+    @property
     def units_per_token(self) -> int:
         """How much of what the router counts is a token."""
         return 1 if self._encode is not None else CHARACTERS_PER_TOKEN

@@ -11,7 +11,8 @@ from mulsched.errors import InvalidEvents, MissingExtra, UnknownInstance
 from mulsched.events.load_header import LOAD_FORMAT_HEADER, LOAD_HEADER, read_load_header
 from mulsched.gateway.answers import AnswerWatch
 from mulsched.gateway.config import GatewayConfig
-from mulsched.gateway.fleet import Engine, Fleet
+from mulsched.gateway.engine import Engine
+from mulsched.gateway.fleet import Fleet
 from mulsched.gateway.prompts import PromptReader, RoutedPrompt
 from mulsched.gateway.records import Records
 from mulsched.gateway.replies import Refused, error_body, refusal
@@ -248,8 +249,7 @@ class Proxy:
     # -- the way back ------------------------------------------------------------------------------
 
     async def _attempt(self, exchange: _Exchange, engine: Engine) -> web.StreamResponse:
-        engine.in_flight += 1
-        engine.counts["requests"] += 1
+        engine.begin()
         answer: aiohttp.ClientResponse | None = None
         try:
             try:
@@ -268,7 +268,7 @@ class Proxy:
                 self._heed_load(engine, answer.headers.getall(LOAD_HEADER, ()))
             return await self._relay(exchange, engine, answer, first)
         finally:
-            engine.in_flight -= 1
+            engine.end()
             if answer is not None:
                 answer.close()  # and the connection, unless all was read: the engine then aborts
 
@@ -284,8 +284,8 @@ class Proxy:
         engine.statuses[answer.status] += 1
         if answer.status in _ELSEWHERE:
             self._fleet.failed(engine, f"status {answer.status}")
-            others = len(self._fleet.eligible(model=exchange.model)) > 1
-            if others and len(exchange.tried) < self._config.max_attempts:
+            others = self._fleet.eligible(model=exchange.model)
+            if others not in ((), (engine.name,)) and len(exchange.tried) < self._config.max_attempts:
                 raise _Failed(f"status {answer.status}", status=answer.status)
         elif answer.status < 300 or answer.status >= 400:
             self._fleet.answered(engine)
@@ -294,7 +294,7 @@ class Proxy:
 
     def _heed_load(self, engine: Engine, told: Sequence[str]) -> None:
         """Report the load that an answer tells of its engine; what is odd is counted and changes nothing."""
-        if not told:
+        if not told or engine.gone:
             return
         router = self._lifecycle.router
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mulsched.decision import Decision
 from mulsched.errors import MissingExtra
-from mulsched.gateway.fleet import Engine
+from mulsched.gateway.engine import Engine
 from mulsched.gateway.logs import Log
 from mulsched.record import Recorder
 
