@@ -23,7 +23,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         try:
-            URL(config.url)  # it refuses more than the configuration does
+            # both refuse more than the configuration does: at a request it would be too late
+            (URL(config.url).host or "").encode("idna")
         except ValueError as error:
             raise InvalidArgument(f"an engine's URL expected, got {config.url!r}: {error}") from None
         self.config = config

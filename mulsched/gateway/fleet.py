@@ -10,6 +10,7 @@ from mulsched.gateway.engine import Engine, State
 from mulsched.gateway.listening import Listeners
 from mulsched.gateway.logs import Log
 from mulsched.gateway.models import Models, fetch_models
+from mulsched.gateway.tasks import end_task
 from mulsched.lifecycle import Lifecycle
 
 try:
@@ -79,8 +80,7 @@ class Fleet:
         engine.gone = True
         watching = self._watching.pop(engine.name, None)
         if watching is not None:
-            watching.cancel()
-            await asyncio.wait([watching])
+            await end_task(watching)
         await self.listeners.forget(engine.name)
         if engine.name in self._lifecycle.router.instances:
             self._lifecycle.remove_instance(engine.name)
@@ -154,9 +154,7 @@ class Fleet:
 
     async def stop(self) -> None:
         """End the checks."""
-        for task in self._watching.values():
-            task.cancel()
-        await asyncio.gather(*self._watching.values(), return_exceptions=True)
+        await asyncio.gather(*map(end_task, self._watching.values()))
         await self.listeners.stop()
 
     async def check(self) -> None:

@@ -11,6 +11,7 @@ from mulsched.events._http import FAILURES
 from mulsched.gateway.config import GatewayConfig
 from mulsched.gateway.engine import Engine
 from mulsched.gateway.logs import Log
+from mulsched.gateway.tasks import end_task
 from mulsched.lifecycle import Lifecycle
 from mulsched.types import CacheCleared
 
@@ -141,8 +142,7 @@ class Listeners:
 
     async def stop(self) -> None:
         """Listen to nobody any more."""
-        for name, kind in tuple(self._tasks):
-            await self._end(name, kind)
+        await asyncio.gather(*map(end_task, self._tasks.values()))
 
     # -- KV events ---------------------------------------------------------------------------------
 
@@ -205,8 +205,7 @@ class Listeners:
     async def _end(self, name: str, kind: str) -> None:
         task = self._tasks.pop((name, kind), None)
         if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
+            await end_task(task)
 
     # -- the size of a cache -----------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from mulsched.gateway.engine import Engine
 from mulsched.gateway.engines_file import read_engines_file
 from mulsched.gateway.fleet import Fleet
 from mulsched.gateway.logs import Log
+from mulsched.gateway.tasks import end_task
 
 __all__ = ["Membership"]
 
@@ -70,9 +71,7 @@ class Membership:
 
     async def stop(self) -> None:
         """Leave removals under way where they are."""
-        for task in self._removals.values():
-            task.cancel()
-        await asyncio.gather(*self._removals.values(), return_exceptions=True)
+        await asyncio.gather(*map(end_task, self._removals.values()))
 
     def _ranks(self, given: EngineConfig) -> Sequence[EngineConfig]:
         if given.kv_events is None and self._config.kv_events_auto:
