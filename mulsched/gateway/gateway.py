@@ -15,11 +15,11 @@ from mulsched.gateway.logs import Log, no_log
 from mulsched.gateway.membership import Membership
 from mulsched.gateway.metrics import GatewayMetrics
 from mulsched.gateway.page import PAGE, PAGE_HEADERS
-from mulsched.gateway.prompts import PromptReader
 from mulsched.gateway.proxy import Proxy
 from mulsched.gateway.records import Records
 from mulsched.gateway.replies import Refused, json_reply, refusal
 from mulsched.lifecycle import Lifecycle
+from mulsched.prompt_reader import PromptReader
 from mulsched.record import Recorder
 from mulsched.router import Router
 
@@ -113,7 +113,8 @@ class Gateway:
         self.records = Records(self.fleet.engines, registry, self.log, self._recorder)
         self._metrics = GatewayMetrics(self.fleet, self.lifecycle, self.records, registry)
         self.proxy = Proxy(config, self.lifecycle, self.fleet, self._prompts, session, self.records)
-        self.membership = Membership(config, self.fleet, self.log, tokenizes=self._prompts.tokenizes)
+        tokenizes = self._prompts.units_per_token == 1
+        self.membership = Membership(config, self.fleet, self.log, tokenizes=tokenizes)
         instances = Instances(config, self.fleet, self.membership, self.lifecycle, self.records)
         self._routes[INSTANCES] = {"GET": instances.show, "POST": instances.add}
         self._below_instances = {"PUT": instances.drain, "DELETE": instances.remove}

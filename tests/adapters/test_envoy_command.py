@@ -25,6 +25,7 @@ from mulsched.mock_engine.engine import MockEngine
 from mulsched.mock_engine.kv_events import KvEventPublisher
 from mulsched.mock_engine.server import MockServer
 from mulsched.mock_engine.tokenizer import ByteTokenizer
+from mulsched.prompt_reader import PromptReader
 from mulsched.replay.profile import Profile
 
 
@@ -81,7 +82,8 @@ def test_the_router_is_told_what_tiers_cost():
     parser = argparse.ArgumentParser()
     endpoint_picker.add_parser(parser.add_subparsers())
     given = ("--engine", "10.0.0.1:1", "--kv-events", "--tier-cost-ratio", "CPU=0.1")
-    lifecycle, _ = endpoint_picker._routing(parser.parse_args(["endpoint-picker", *given]))
+    options = parser.parse_args(["endpoint-picker", *given])
+    lifecycle = endpoint_picker._lifecycle(options, PromptReader(16))
     assert lifecycle.router.media == ("GPU", "CPU")
 
 

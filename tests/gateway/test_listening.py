@@ -8,6 +8,7 @@ from fake_engine import FakeEngine, answers
 from gateway_harness import Front
 from kv_publisher import Publisher, until
 from kv_wire import batch, stored
+from made_tokenizer import MadeTokenizer
 
 from mulsched.gateway import EngineConfig, PromptReader
 
@@ -35,7 +36,7 @@ def run(scenario, **options):
     async def guarded():
         async with asyncio.timeout(60), FakeEngine(answers()) as engine:
             config = EngineConfig(engine.url, "auto")
-            prompts = PromptReader(16, encode)
+            prompts = PromptReader(16, MadeTokenizer(encode))
             async with Front((), engines=(config,), prompts=prompts, **options) as front:
 
                 async def check(times=1, *, healthy=True):
@@ -216,7 +217,7 @@ def test_copies_in_the_hosts_memory_decide_at_their_price():
             )
             chosen = []
             for ratios in (None, {"CPU": 0.1}):
-                prompts = PromptReader(16, encode)
+                prompts = PromptReader(16, MadeTokenizer(encode))
                 async with Front((), engines=engines, prompts=prompts, tier_cost_ratio=ratios) as front:
                     listening = front.gateway.fleet.listeners.subscribers
                     await until(lambda heard=listening: all(each.state == "known" for each in heard.values()))

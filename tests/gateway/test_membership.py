@@ -9,6 +9,7 @@ from fake_engine import FakeEngine, answers, dies, streams
 from gateway_harness import ASK, CHAT, Front, run
 from kv_publisher import Publisher, until
 from kv_wire import batch, stored
+from made_tokenizer import MadeTokenizer
 
 from mulsched.gateway import EngineConfig, PromptReader
 
@@ -176,7 +177,7 @@ def test_a_warm_engine_that_is_added_is_known_by_its_events():
     async def scenario():
         async with FakeEngine(answers()) as warm, Publisher() as publisher:
             await publisher.publish(batch(stored([1, 2], [7] * 32, block_size=16)))
-            async with front(answers(), prompts=PromptReader(16, encode)) as it:
+            async with front(answers(), prompts=PromptReader(16, MadeTokenizer(encode))) as it:
                 endpoints = {"kv_events": publisher.endpoint, "kv_replay": publisher.replay_endpoint}
                 assert (await add(it, warm.url, **endpoints))[0] == 201
                 await until(lambda: warm.name in it.gateway.fleet.listeners.subscribers)
@@ -232,7 +233,7 @@ def test_a_removed_engine_is_not_listened_to_any_more():
     async def scenario():
         async with FakeEngine(answers()) as engine, Publisher() as publisher:
             config = EngineConfig(engine.url, publisher.endpoint, publisher.replay_endpoint)
-            options = {"prompts": PromptReader(16, encode), "poll_load_s": 3600.0}
+            options = {"prompts": PromptReader(16, MadeTokenizer(encode)), "poll_load_s": 3600.0}
             async with front(engines=(config,), **options) as it:
                 await publisher.subscribed()
                 await remove(it, engine.name)
@@ -513,7 +514,7 @@ def test_an_engine_whose_line_has_other_endpoints_is_added_anew(tmp_path):
         path = tmp_path / "engines"
         async with FakeEngine(answers()) as engine, Publisher() as publisher:
             path.write_text(engine.url)
-            prompts = PromptReader(16, encode)
+            prompts = PromptReader(16, MadeTokenizer(encode))
             async with front(engines_file=str(path), prompts=prompts) as it:
                 path.write_text(f"{engine.url} {publisher.endpoint} {publisher.replay_endpoint}")
                 it.gateway.reread_engines()
