@@ -153,6 +153,7 @@ class Proxy:
                 self._records.finished(exchange.request_id, exchange.output_tokens, now)
             else:
                 self._lifecycle.cancel(exchange.request_id, now=now)
+                self._records.cancelled(exchange.request_id, exchange.output_tokens, now)
         self._records.ended(
             path=exchange.path,
             request_id=exchange.shown_id,
@@ -222,15 +223,18 @@ class Proxy:
                 )
             raise Refused(503, "no_engine", "no engine is ready")
         everyone = len(names) == len(self._lifecycle.router.instances)
+        now = self._clock()
         # while a failed attempt still counts as load where it was; then it is taken off
         exchange.decision = self._lifecycle.route_keys(
             prompt.keys,
             prompt_tokens=prompt.length,
             request_id=exchange.request_id,
             candidates=None if everyone else names,
-            now=self._clock(),
+            now=now,
         )
-        self._records.decided(exchange.request_id, exchange.shown_id, exchange.decision, self._clock())
+        if exchange.tried:
+            self._records.cancelled(exchange.request_id, None, now)
+        self._records.decided(exchange.request_id, exchange.shown_id, exchange.decision, now)
         engine = self._fleet.engines[exchange.decision.instance]
         if exchange.tried:
             engine.counts["retries"] += 1
