@@ -32,6 +32,10 @@ def words(seed, count):
     return " ".join(random.Random(seed).choices(WORDS, k=count))
 
 
+def parts(text):
+    return [{"type": "text", "text": text}]
+
+
 class Served:
     """The application from outside: its HTTP address, and what its ingress and its replicas tell."""
 
@@ -150,11 +154,12 @@ def test_the_ingress_routes_by_this_router(served):
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_turn_of_a_conversation_finds_the_turns_before_it(served, stream):
     """Three conversations by turns: with two replicas, chance would find about half of them."""
-    talks = [[{"role": "system", "content": words(f"{i} {stream}", 60)}] for i in range(3)]
+    talks = [[{"role": "system", "content": parts(words(f"{i} {stream}", 60))}] for i in range(3)]
     found = []
     for turn in range(4):
         for talk in talks:
-            talk.append({"role": "user", "content": words(turn, 10)})
+            said = words(turn, 10)
+            talk.append({"role": "user", "content": parts(said) if turn % 2 else said})
             answer, cached = served.chat(talk, stream=stream)
             talk.append({"role": "assistant", "content": answer})
             found.append(cached >= 2 * BLOCK_SIZE)
@@ -194,14 +199,21 @@ def test_a_stream_that_the_client_leaves_is_released(served):
         served.engines.broadcast("resume").results(timeout_s=60)
 
 
+def test_tools_and_calls_of_tools_are_read(served):
+    function = {"name": "look_up", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}
+    call = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": '{"x": "y"}'}}
+    messages = [
+        {"role": "user", "content": words("tools", 80)},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": parts("found")},
+    ]
+    tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "none"}
+    cached = [served.chat(messages, stream=False, **tools)[1] for _ in range(3)]
+    assert cached[1] == cached[2] >= 2 * BLOCK_SIZE
+
+
 def test_texts_of_completions_are_routed_by_their_prefix(served):
     body = {"model": "tiny", "prompt": words("completions", 80), "max_tokens": 1}
     for _ in range(2):
         answer = served.post("/v1/completions", body)
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 2 * BLOCK_SIZE
-
-
-def test_what_is_only_tokenized_is_not_taken_for_cached(served):
-    before = served.settled()["blocks"]
-    served.post("/tokenize", {"model": "tiny", "prompt": words("tokenize", 80)})
-    assert served.settled()["blocks"] == before
