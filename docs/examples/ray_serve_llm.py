@@ -1,6 +1,6 @@
 """Ray Serve LLM behind the router: prints how much of each turn of three conversations was cached.
 
-``python ray_serve_llm.py MODEL`` with a directory or a name on Hugging Face's hub; ``--cpu`` for vLLM on CPUs.
+``python ray_serve_llm.py MODEL``, a directory or a name on Hugging Face's hub; ``--cpu`` for vLLM on CPUs.
 """
 
 import argparse
@@ -8,6 +8,7 @@ import json
 import urllib.request
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.llm import LLMConfig, build_openai_app
@@ -32,7 +33,11 @@ if __name__ == "__main__":
     llm = LLMConfig(
         model_loading_config={"model_id": "llm", "model_source": given.model},
         accelerator_config={"kind": "cpu" if given.cpu else "gpu"},
-        engine_kwargs={"enable_prompt_tokens_details": True, "max_model_len": 512, "enforce_eager": given.cpu},
+        engine_kwargs={
+            "enable_prompt_tokens_details": True,
+            "max_model_len": 512,
+            "enforce_eager": given.cpu,  # spares the compilation
+        },
         deployment_config={
             "num_replicas": 2,
             "request_router_config": RequestRouterConfig(
@@ -41,10 +46,11 @@ if __name__ == "__main__":
             ),
         },
     )
+    ray.init(num_cpus=8, include_dashboard=False)  # two for each replica, whether there are so many or not
     serve.run(build_openai_app({"llm_configs": [llm]}))
     for turn in range(3):
         for topic in ("red", "green", "blue"):
-            messages = [{"role": "user", "content": f"{topic} " * 150 + "!" * turn}]
+            messages = [{"role": "user", "content": f"{topic} " * 60 + "!" * turn}]
             usage = ask({"model": "llm", "messages": messages, "max_tokens": 8})["usage"]
             cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens", 0)
             print(f"{topic} {turn}: {cached} of {usage['prompt_tokens']} tokens cached")
