@@ -11,12 +11,13 @@ from typing import Any
 
 from mulsched.commands._workload import GENERATED, generate
 from mulsched.errors import InvalidArgument
-from mulsched.replay.openai_log import load_tokenizer, read_openai_log
+from mulsched.replay.openai_log import read_openai_log
 from mulsched.replay.readers import FORMATS, read_trace
 from mulsched.replay.synthetic import WORKLOADS, format_calibration
 from mulsched.replay.trace import Trace
 from mulsched.replay.trace_file import write_trace
 from mulsched.replay.validation import validate_trace
+from mulsched.tokenizer import load_tokenizer
 
 __all__ = ["add_parser"]
 
