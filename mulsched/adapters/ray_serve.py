@@ -24,8 +24,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mulsched.adapters._bodies import BodyRouter, End, PromptKeys, as_body
+from mulsched.adapters._bodies import BodyRouter, End, as_body
 from mulsched.errors import MissingExtra
+from mulsched.prompt_routing import PromptKeys
 
 try:
     from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -105,7 +106,7 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         """
         metadata = pending_request.metadata
         if not is_retry and metadata.internal_request_id in self._open:
-            own = f"{metadata.internal_request_id}/{next(self._numbers)}"
+            own = self._own(metadata.internal_request_id)
             pending_request.metadata = metadata = replace(metadata, internal_request_id=own)
         self._open.add(metadata.internal_request_id)
         self._sending.add(id(pending_request))
@@ -116,6 +117,9 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
             raise
         finally:
             self._sending.discard(id(pending_request))
+
+    def _own(self, request_id: str) -> str:
+        return f"{request_id}/{next(self._numbers)}"
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -131,7 +135,7 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         request_id = pending_request.metadata.internal_request_id
         prompt = self._read(pending_request)
         if id(pending_request) not in self._sending:
-            return await self._pick(prompt, request_id, candidate_replicas)
+            return await self._pick(prompt, self._own(request_id), candidate_replicas)
 
         def on_done(future: Any) -> None:
             if future.cancelled():  # the caller went while the request waited for a replica
@@ -168,15 +172,17 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
     ) -> list[list[RunningReplica]]:
         """Choose a replica for a request that others will send, by the queues that replicas tell now."""
         told = {
-            replica.replica_id.to_full_id_str(): (replica, queue or 0)
+            replica.replica_id.to_full_id_str(): (replica, queue)
             for replica, queue in await self._probe_queue_lens(candidate_replicas, 0)
             if replica.replica_id in self.curr_replicas  # did not die meanwhile
         }
         if not told:  # Ray asks again
             return []
+        # one that does not answer is no idle one
+        told = {name: entry for name, entry in told.items() if entry[1] is not None} or told
         now, report = self._clock(), self.bodies.lifecycle.router.report_load
         for name, (_, queue) in told.items():
-            report(name, running=queue, waiting=0)
+            report(name, running=queue or 0, waiting=0)
         chosen = self.bodies.reserve_keys(prompt, request_id=request_id, now=now, candidates=told)
         self.bodies.end(("finish", request_id, chosen), now=now)
         for name in told:  # it is old by the next decision
