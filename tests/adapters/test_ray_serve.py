@@ -129,6 +129,11 @@ def test_what_is_only_tokenized_is_not_taken_for_cached(handle):
     assert blocks(router_of(handle)) == before
 
 
+async def pick_by(handle, body):
+    async with handle.choose_replica(body, _reserve=False) as selection:
+        return selection.replica_id
+
+
 @pytest.fixture
 def pick(handle):
     """Picks a replica by a handle of its own, for requests that are sent otherwise."""
@@ -136,12 +141,8 @@ def pick(handle):
 
     own = serve.get_deployment_handle("Engine", "engines")
 
-    async def picked(body):
-        async with own.choose_replica(body, _reserve=False) as selection:
-            return selection.replica_id
-
     def pick(body):
-        replica = asyncio.run(picked(body))
+        replica = asyncio.run(pick_by(own, body))
         assert len(router_of(own).bodies.lifecycle) == 0
         return replica
 
@@ -167,6 +168,27 @@ def test_a_replica_that_is_only_picked_is_none_with_a_queue(handle, pick):
         response.result(timeout_s=60)
     assert len(picked) == REPLICAS - 1
     assert not any(busy.endswith(replica) for replica in picked)
+
+
+def test_a_pick_made_for_a_request_that_is_served_leaves_that_ones_calls_booked(handle):
+    from ray.serve.context import _set_request_context
+
+    handle.broadcast("hold").results(timeout_s=60)
+    lifecycle = router_of(handle).bodies.lifecycle
+    until(lambda: len(lifecycle) == 0)
+
+    def served():
+        _set_request_context(_internal_request_id="serves and picks")
+        waiting = handle.wait.remote(chat("m" * 4000))
+        until(lambda: len(lifecycle) == 1)
+        asyncio.run(pick_by(handle, chat("m" * 4000)))
+        return waiting
+
+    waiting = contextvars.copy_context().run(served)
+    booked = len(lifecycle)
+    handle.broadcast("release").results(timeout_s=60)
+    waiting.result(timeout_s=60)
+    assert booked == 1
 
 
 def test_a_killed_replica_is_forgotten_and_its_prefixes_go_elsewhere(handle):
