@@ -154,9 +154,8 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
             return []
         if chosen is not None and chosen in candidates:
             candidates = [chosen]
-        name = self.bodies.reserve_keys(
-            prompt, request_id=request_id, now=self._clock(), candidates=candidates
-        )
+        now = self._clock()
+        name = self.bodies.reserve_keys(prompt, request_id=request_id, now=now, candidates=candidates)
         if self.shared is not None and name != chosen:
             self.shared.book(prompt, request_id, name)
         return [[replicas[name]]]
@@ -181,8 +180,8 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         # one that does not answer is no idle one
         told = {name: entry for name, entry in told.items() if entry[1] is not None} or told
         now, report = self._clock(), self.bodies.lifecycle.router.report_load
-        for name, (_, queue) in told.items():
-            report(name, running=queue or 0, waiting=0)
+        for name in told:
+            report(name, running=told[name][1] or 0, waiting=0)
         chosen = self.bodies.reserve_keys(prompt, request_id=request_id, now=now, candidates=told)
         self.bodies.end(("finish", request_id, chosen), now=now)
         for name in told:  # it is old by the next decision
