@@ -168,6 +168,13 @@ class TieredEngine(EnginePy):
         self._extend(sequence, tokens)
         return tokens
 
+    def _extend(self, sequence: _Sequence, tokens: int, unknown: int = 0) -> bool:
+        if tokens == 1 and 0 < sequence.computed % self.block_size < self.block_size - 1:
+            # neither takes a block nor fills one: nearly all of a replay's time without this
+            self.planned.append((sequence, 1))
+            return True
+        return super()._extend(sequence, tokens, unknown)
+
     def _register(self, sequence: _Sequence, tokens: int) -> None:
         start = sequence.registered
         super()._register(sequence, tokens)

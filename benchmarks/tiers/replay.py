@@ -1,12 +1,9 @@
-"""The replay's Python loop on engines with a tier, and figures of what came of it."""
+"""The replay's Python loop on engines with a tier, whose events reach the router with their medium."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from mulsched import BlockRemoved, BlockStored, Router, policies
-from mulsched.policies import Ties
+from mulsched import BlockRemoved, BlockStored, Router
 from mulsched.replay import Profile, Trace
 from mulsched.replay._replay_py import _STEP_END, _Pool, _Replay
 from mulsched.replay.records import Records, ReplayOptions
@@ -16,12 +13,12 @@ from tiers.host_memory import HostChange
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """The tier of every engine.
+    """The tier of every engine: ``host_ratio`` times as many blocks as its GPU holds.
 
     ``cost_ratio``: the time to load a token over the time to compute it at the engine's best prefill rate.
     """
 
-    host_blocks: int
+    host_ratio: float
     cost_ratio: float
     overlaps: bool = True
 
@@ -53,7 +50,7 @@ class TieredReplay(_Replay):
             TieredEngineModel(
                 options.profile,
                 kv_blocks=options.kv_blocks,
-                host_blocks=tier.host_blocks,
+                host_blocks=int(tier.host_ratio * options.kv_blocks),
                 load_s_per_token=tier.cost_ratio / prefill_tokens_per_s(options.profile),
                 overlaps=tier.overlaps,
             )
