@@ -87,7 +87,7 @@ def test_the_block_of_the_last_token_is_computed_though_the_host_has_it():
 
 def test_an_overlapping_load_holds_up_nobody_else():
     model = engine(kv_blocks=13)
-    early = [(0.0, A, [1, 2, 3], 13, 1), (1.0, B, [*range(11, 23)], 48, 1)]
+    early = [(0.0, A, [1, 2, 3], 13, 1), (1.0, B, [*range(11, 23)], 49, 1)]
     first, _ = run_engine(model, [*early, (2.0, C, [1, 2, 3], 13, 1), (2.0, D, [31], 4, 1)])
     assert first[D][0] == pytest.approx(2.0 + 0.014)
     assert first[C][0] == pytest.approx(2.0 + 0.014 + 0.011)  # loaded within d's step
@@ -95,14 +95,14 @@ def test_an_overlapping_load_holds_up_nobody_else():
 
 def test_a_load_that_does_not_overlap_holds_up_its_step():
     model = engine(kv_blocks=13, overlaps=False)
-    early = [(0.0, A, [1, 2, 3], 13, 1), (1.0, B, [*range(11, 23)], 48, 1)]
+    early = [(0.0, A, [1, 2, 3], 13, 1), (1.0, B, [*range(11, 23)], 49, 1)]
     first, _ = run_engine(model, [*early, (2.0, C, [1, 2, 3], 13, 1), (2.0, D, [31], 4, 1)])
     assert first[C][0] == first[D][0] == pytest.approx(2.0 + 12 * LOAD_S_PER_TOKEN + 0.010 + 0.005)
 
 
 def test_loads_go_one_after_the_other():
     model = engine(kv_blocks=21)
-    early = [(0.0, A, [1, 2, 3], 13, 1), (0.5, B, [4, 5, 6], 13, 1), (1.0, 9, [*range(11, 31)], 80, 1)]
+    early = [(0.0, A, [1, 2, 3], 13, 1), (0.5, B, [4, 5, 6], 13, 1), (1.0, 9, [*range(11, 31)], 81, 1)]
     first, _ = run_engine(model, [*early, (2.0, C, [1, 2, 3], 13, 1), (2.0, D, [4, 5, 6], 13, 1)])
     # c computes while d's blocks still come, and d joins the step after
     assert first[C][0] == pytest.approx(2.0 + 12 * LOAD_S_PER_TOKEN + 0.011)
@@ -111,7 +111,7 @@ def test_loads_go_one_after_the_other():
 
 def test_blocks_on_their_way_are_waited_for_and_not_loaded_twice():
     model = engine(kv_blocks=13)
-    early = [(0.0, A, [1, 2, 3], 13, 1), (1.0, B, [*range(11, 23)], 48, 1)]
+    early = [(0.0, A, [1, 2, 3], 13, 1), (1.0, B, [*range(11, 23)], 49, 1)]
     first, _ = run_engine(model, [*early, (2.0, C, [1, 2, 3], 13, 1), (2.0, D, [1, 2, 3], 13, 1)])
     assert (model.tiered.loaded_tokens[C], model.tiered.loaded_tokens[D]) == (12, 0)
     assert first[D][1] == 12
@@ -216,7 +216,8 @@ def test_without_blocks_in_the_host_it_is_the_plain_engine(requests, overlaps):
 
 @pytest.fixture(scope="module")
 def sessions():
-    return synthetic_trace("tool_agent", duration_s=60, seed=3, rate_per_s=2.0)
+    made = synthetic_trace("tool_agent", duration_s=60, seed=3, rate_per_s=2.0)
+    return made.take(made.prompt_tokens + made.output_tokens <= 16_000)
 
 
 class Watched(TieredReplay):
@@ -240,7 +241,7 @@ def held(index, row):
     return {key for _, keys, rows in index.backend.edges() if row in rows for key in keys}
 
 
-def replayed(trace, tier, told, *, kv_blocks=9000, of=TieredReplay):
+def replayed(trace, tier, told, *, kv_blocks=1000, of=TieredReplay):
     records = Records.empty(len(trace))
     options = dataclasses.replace(options_for("lmetric"), kv_blocks=kv_blocks)
     made = of(trace, options, records, tier, told)
@@ -259,7 +260,7 @@ def test_the_router_knows_what_the_engines_hold_on_both_media(sessions, overlaps
 def test_without_a_tier_it_is_the_replay_of_the_library(sessions):
     _, records = replayed(sessions, Tier(0.0, 0.1), None)
     result = replay(
-        sessions, "lmetric", profile=builtin_profile(PROFILE), instances=INSTANCES, kv_blocks=9000
+        sessions, "lmetric", profile=builtin_profile(PROFILE), instances=INSTANCES, kv_blocks=1000
     )
     assert np.array_equal(records.finish_s, result.finish_s)
     assert np.array_equal(records.first_token_s, result.first_token_s)

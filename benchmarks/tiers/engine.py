@@ -58,7 +58,11 @@ class TieredEngine(EnginePy):
             self._register(sequence, sequence.computed)
             arrived.append(sequence)
         self.waiting.extendleft(reversed(arrived))
-        return self.start_step()
+        preemptions = self.preemptions
+        load = self.start_step()
+        if load is None and self.preemptions > preemptions:
+            load = self.start_step()  # all that ran were preempted, and in such a step nobody is admitted
+        return load
 
     @property
     def next_load_s(self) -> float | None:
@@ -167,6 +171,12 @@ class TieredEngine(EnginePy):
             self.partial = sequence
         self._extend(sequence, tokens)
         return tokens
+
+    def _preempt(self) -> None:
+        super()._preempt()
+        if any(sequence.blocks for sequence in self.waiting):
+            # what has loaded keeps its blocks: behind one that waits for blocks both would wait for ever
+            self.waiting = deque(sorted(self.waiting, key=lambda sequence: not sequence.blocks))
 
     def _extend(self, sequence: _Sequence, tokens: int, unknown: int = 0) -> bool:
         if tokens == 1 and 0 < sequence.computed % self.block_size < self.block_size - 1:
