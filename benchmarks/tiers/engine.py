@@ -8,9 +8,9 @@ The rules of ``mulsched.replay._engine_py`` hold, and beside them those of vLLM'
 2. A request that is admitted matches on the GPU first. The host is asked for the blocks that follow, up to
    the one with the last token, and what it holds without a gap is loaded, never computed.
 3. Loads go over the bus one after the other, at ``load_s_per_token``.
-4. Loads overlap with computing: the request takes the blocks of its whole prompt, leaves the queue, and is the
-   first to be admitted again at the first step after its load. Others are admitted meanwhile, but for those
-   that would load a block that is under way: they wait until it is on the GPU.
+4. Loads overlap with computing: the request takes the blocks of its whole prompt, leaves the queue, and comes
+   first at the first step after its load. Others are admitted meanwhile, but for those that would load a
+   block that is under way: they wait until it is on the GPU.
 5. Or, with ``overlaps`` false, loads hold up the step that admits the request, and everybody in it.
 6. Loaded blocks are cached on the GPU when they are there, or in 5 with the rest of the chunk.
 
@@ -40,7 +40,9 @@ class TieredEngine(EnginePy):
         self.now = 0.0
         self.bus_free_s = 0.0
         self.stall_s = 0.0  # of the step under way, for what it loads
-        self.loads: deque[tuple[float, int, _Sequence]] = deque()  # when each ends, and how many blocks it has
+        self.loads: deque[tuple[float, int, _Sequence]] = (
+            deque()
+        )  # when each ends, and how many blocks it has
         self.loading: set[int] = set()  # keys on their way
         self.delayed: list[_Sequence] = []
         self.computed_paths: list[tuple[list[int], int]] = []  # by the step under way, and from which block

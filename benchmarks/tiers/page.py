@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tiers.cases import BASE, CASES, FACTORS, VIEWS, Tier, plan
+from tiers.cases import BASE, CASES, FACTORS, SEEDS, VIEWS, Tier, plan
 from tiers.run import load
 
 Rows = Sequence[Mapping[str, Any]]
@@ -28,10 +28,10 @@ def heading(names: Sequence[str]) -> list[str]:
 
 
 def at(rows: Rows, tier: Tier, view: str) -> list[Mapping[str, Any]]:
-    """Return the rows of a tier and a view, a seed each, in the order of the seeds."""
+    """Return the rows of a tier and a view in the order of the seeds; none if a seed is missing."""
     wanted = tier.host_ratio, tier.cost_ratio, tier.overlaps, view
     found = [r for r in rows if (r["host_ratio"], r["cost_ratio"], r["overlaps"], r["view"]) == wanted]
-    return sorted(found, key=lambda row: row["seed"])
+    return sorted(found, key=lambda row: row["seed"]) if len(found) == len(SEEDS) else []
 
 
 def absolute(results: Mapping[str, Rows]) -> list[str]:
@@ -68,7 +68,7 @@ def changes(results: Mapping[str, Rows]) -> list[str]:
         reference = at(rows, BASE, "ignored")
         for view in ("no tier", "noise", "x 1", "x 0"):
             mine = at(rows, BASE, view)
-            if mine:
+            if mine and reference:
                 cells = [change(mine, reference, name) for name in CHANGES]
                 lines.append(f"| {case} | {SHOWN[view]} | " + " | ".join(cells) + " |")
     return lines

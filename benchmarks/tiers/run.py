@@ -1,8 +1,8 @@
 """What a router's knowledge of tiers is worth: ``cd benchmarks && python -m tiers.run [--cases NAME ...]``.
 
 Each row is a replay of a trace on engines with copies in the host's memory, under what the router knows of
-these. Rows that are in the file of a case and a seed are not run again. ``--quick`` replays seconds of one case, and writes
-nothing.
+these. Rows that are in the file of a case and a seed are not run again. ``--quick`` replays seconds of one
+case, and writes nothing.
 """
 
 import argparse
@@ -46,7 +46,9 @@ def options_for(
     )
 
 
-def run(trace: Trace, tier: Tier, view: str, seed: int, *, case: Case = CASES["tool_agent"]) -> dict[str, Any]:
+def run(
+    trace: Trace, tier: Tier, view: str, seed: int, *, case: Case = CASES["tool_agent"]
+) -> dict[str, Any]:
     """Return the row of one replay; times in seconds."""
     policy, ties = "vllm" if view == "vllm" else "lmetric", "random" if view == "noise" else None
     options = options_for(policy, ties=ties, seed=seed, case=case)
