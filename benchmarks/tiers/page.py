@@ -76,27 +76,23 @@ def changes(results: Mapping[str, Rows]) -> list[str]:
 
 def scan(rows: Rows, case: str) -> list[str]:
     """Return a line for each tier of a case: changes of mean TTFT by what the router is told."""
+    tiers = list(dict.fromkeys(tier for tier, _ in plan(CASES[case])))
+    views = [view for view in FACTORS[1:] if any(at(rows, tier, view) for tier in tiers)]
+    told = [SHOWN[view] for view in views]
     lines = heading(
-        (
-            f"{case}: host / GPU",
-            "true ratio",
-            "loads",
-            "TTFT mean, ms",
-            "host hits",
-            *(SHOWN[view] for view in FACTORS[1:]),
-            "host hits",
-        )
+        (f"{case}: host / GPU", "true ratio", "loads", "TTFT mean, ms", "host hits", *told, "host hits")
     )
-    for tier in dict.fromkeys(tier for tier, _ in plan(CASES[case])):
-        reference = at(rows, tier, "ignored")
-        told = {view: at(rows, tier, view) for view in FACTORS[1:]}
-        if not reference or not told["x 1"]:
+    for tier in tiers:
+        reference, exact = at(rows, tier, "ignored"), at(rows, tier, "x 1")
+        if not reference or not exact:
             continue
-        loads = "overlap" if tier.overlaps else "hold up the step"
-        cells = [f"{tier.host_ratio:g}", f"{tier.cost_ratio:g}", loads]
+        cells = [f"{tier.host_ratio:g}", f"{tier.cost_ratio:g}"]
+        cells += ["overlap" if tier.overlaps else "hold up the step"]
         cells += [f"{1000 * mean(reference, 'ttft_mean_s'):,.0f}", f"{mean(reference, 'cpu_hit_ratio'):.3f}"]
-        cells += [change(mine, reference, "ttft_mean_s") if mine else "" for mine in told.values()]
-        lines.append("| " + " | ".join([*cells, f"{mean(told['x 1'], 'cpu_hit_ratio'):.3f}"]) + " |")
+        for view in views:
+            mine = at(rows, tier, view)
+            cells.append(change(mine, reference, "ttft_mean_s") if mine else "")
+        lines.append("| " + " | ".join([*cells, f"{mean(exact, 'cpu_hit_ratio'):.3f}"]) + " |")
     return lines
 
 
