@@ -398,7 +398,7 @@ std::size_t broken_messages(int rounds) {
     if (rng() % 4 == 0) message.resize(rng() % message.size());
     const std::vector<std::uint8_t> exact(message.begin(), message.end());
     mulsched::KvBatch batch;
-    if (!batch.split(exact.data(), exact.size(), 0)) continue;
+    if (!batch.split(exact.data(), exact.size(), 0, 8)) continue;
     ++split;
     std::size_t end = 0, events = 0, hashes = 0;
     std::uint64_t blocks = 0;

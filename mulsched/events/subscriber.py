@@ -199,7 +199,7 @@ class KvEventSubscriber:
         apply_batch(self._router, batch, self.counts)
         if batch.removals_lost:
             self._take(self.tracker.unreadable())
-        elif any(isinstance(part, CacheCleared) for part in batch.parts):
+        elif batch.clears:
             self.tracker.emptied()
 
     async def _replay(self, context: "zmq.asyncio.Context", start: int) -> list[Action]:

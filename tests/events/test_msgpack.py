@@ -293,7 +293,7 @@ def whole(payload, decode):
 def unsplit(payload, decode):
     """The same by the decoder of single events."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_msgpack, "split_kv_events", lambda data, group_idx: None)
+        patch.setattr(_msgpack, "split_kv_events", lambda data, group_idx, max_parts: None)
         return whole(payload, decode)
 
 
@@ -397,8 +397,28 @@ def test_runs_end_where_the_adapter_or_the_medium_changes():
         assert [len(run) for run in decoded.parts] == [2, 1, 1, 2]
 
 
-def test_a_message_of_events_that_are_none_does_not_become_a_part_for_each():
-    assert split_kv_events(msgspec.msgpack.encode([1.0, [None] * 100_000, 0]), 0) is None
+ALTERNATING = {
+    "nothing known": [None],
+    "media": [removed([1]), removed([1], medium="CPU")],
+    "adapters": [stored([7], TOKENS[:4], lora_name="a"), stored([7], TOKENS[:4], lora_name="b")],
+    "plain and not": [removed([1]), ["Touched"]],
+}
+
+
+@pytest.mark.parametrize("events", ALTERNATING.values(), ids=ALTERNATING)
+def test_a_message_of_too_many_parts_is_not_split_and_its_events_are_not_looked_at(events, monkeypatch):
+    payload = msgspec.msgpack.encode([1.0, events * (20_000 // len(events)), 0])
+    assert split_kv_events(payload, 0, LIMIT) is None
+    counted = Counted(monkeypatch)
+    with pytest.raises(InvalidEvents, match="must not have more than 16384"):
+        decode_vllm(payload, "a")
+    assert counted.calls == 0
+
+
+def test_a_message_may_have_as_many_parts_as_the_limit():
+    payload = batch(*[removed([1]), removed([1], medium="CPU")] * 3)
+    if mulsched.BACKEND == "native":
+        assert [split_kv_events(payload, 0, most) is None for most in (5, 6)] == [True, False]
 
 
 # -- how much is looked at ----------------------------------------------------------------------------------------
