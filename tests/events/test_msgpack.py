@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_wire import ENCODINGS, FIELDS, as_array, batch, cleared, removed, stored
+from kv_messages import MESSAGES, PLAIN_MESSAGES, without_splitting
+from kv_wire import ENCODINGS, as_array, batch, cleared, removed, stored
 
 import mulsched
 from mulsched import BlockRemoved, BlockStored, CacheCleared, InvalidEvents, InvalidType, Namespace
@@ -292,64 +293,12 @@ def whole(payload, decode):
 
 def unsplit(payload, decode):
     """The same by the decoder of single events."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_msgpack, "split_kv_events", lambda data, group_idx, max_parts: None)
+    with without_splitting():
         return whole(payload, decode)
 
 
-SMALL = st.integers(0, 6)
-HASHES = st.lists(SMALL | st.sampled_from([-1, 2**64 - 1, b"x", 1.5]), max_size=4)
-ODD = st.sampled_from(
-    [None, 0, 1, 2, -1, 2**31, 2**40, "", "GPU", "CPU", "gpu", "\u00e9", b"\0", [], [None], [None, None], {}, {"a": [1]}, 1.5, True]
-)  # fmt: skip
-
-
-def a_store(hashes, parent, tokens, odd):
-    return stored(hashes, list(range(4 * len(hashes))) if tokens is None else tokens, parent, **odd)
-
-
-OPTIONAL = [*FIELDS["BlockStored"], "cache_salt", "later", "type"]
-STORES = st.builds(
-    a_store,
-    HASHES,
-    st.none() | SMALL | st.sampled_from([-3, b"p"]),
-    st.none() | st.just([]) | st.lists(ODD, max_size=4),
-    st.dictionaries(st.sampled_from(OPTIONAL), ODD, max_size=2),
-)
-REMOVALS = st.builds(
-    lambda hashes, odd: removed(hashes, **odd),
-    HASHES,
-    st.dictionaries(st.sampled_from(["medium", "group_idx", "later", "block_hashes"]), ODD, max_size=1),
-)
-PLAIN = st.builds(
-    lambda n, parent, medium: stored(
-        list(range(n)), list(range(4 * n)), parent, medium=medium, extra_keys=[None] * n
-    ),
-    st.integers(1, 3),
-    st.none() | SMALL,
-    st.sampled_from(["GPU", "GPU", None, "CPU"]),
-)
-EVENTS = PLAIN | STORES | REMOVALS | st.just(cleared()) | ODD
-
-
-def on_the_wire(event, encoding):
-    known = isinstance(event, dict) and event.get("type") in list(FIELDS)  # the type may be unhashable
-    return as_array(event) if encoding == "array" and known else event
-
-
-MESSAGES = st.builds(
-    lambda events, encodings, head, tail: msgspec.msgpack.encode(
-        [head, [on_the_wire(e, c) for e, c in zip(events, encodings * len(events), strict=False)], *tail]
-    ),
-    st.lists(EVENTS, max_size=6),
-    st.lists(st.sampled_from(ENCODINGS), min_size=1, max_size=3),
-    st.sampled_from([1.0, 1.0, 1, "x"]),
-    st.lists(ODD, max_size=2),
-)
-
-
 @settings(deadline=None)
-@given(MESSAGES, st.sampled_from([decode_vllm, decode_sglang]))
+@given(MESSAGES | PLAIN_MESSAGES, st.sampled_from([decode_vllm, decode_sglang]))
 def test_splitting_a_message_changes_nothing_of_what_it_says(payload, decode):
     assert whole(payload, decode) == unsplit(payload, decode)
 
