@@ -2,8 +2,8 @@
 
 ``python benchmarks/kv_subscriber.py [--subscribers N] [--messages N] [--rate N]``. The publishers, like
 vLLM's, are another process. CPU time is the whole subscribing process's, ZeroMQ's thread included.
-Without ``--rate`` each publisher sends as fast as it can, so that messages wait; with it so many a second, and
-each message finds an event loop that sleeps, unless another's came just before.
+Without ``--rate`` each publisher sends as fast as it can, so that messages wait; with it so many a second,
+and a message finds an event loop that sleeps, unless another's came just before.
 """
 
 import argparse

@@ -662,7 +662,7 @@ class Router:
     def apply_message(
         self, instance: str, message: "KvMessage", *, begin: int, counts_copies: bool
     ) -> tuple[int, tuple[int, int, int, int]]:
-        """Apply a message's runs from the one at ``begin`` on, each as ``apply_run`` would, without arrays of them.
+        """Apply a message's runs from ``begin`` on, each as ``apply_run`` would, and make no arrays of them.
 
         Stops at a run that the core leaves to ``apply_run``: on another medium than the GPU, of blocks of
         another size, or of an instance that is not there or whose cache is predicted. Returns where it

@@ -27,8 +27,8 @@ __all__ = ["KvEventSubscriber"]
 _END = (-1).to_bytes(8, "big", signed=True)
 # Of messages that were applied already: an endless stream of them must not keep live ones waiting.
 _MAX_IDLE_ANSWERS = 1_000
-# What is read in one turn of the event loop, and holds it up for a millisecond: a turn costs as much as many a
-# message.
+# What is read in one turn of the event loop, and holds it up for about a millisecond; a turn costs as much as
+# several messages.
 _TURN_MESSAGES = 64
 _TURN_BYTES = 256 * 1024
 
@@ -112,7 +112,8 @@ class KvEventSubscriber:
 
     async def run(self) -> None:
         """Follow the publisher until cancelled. Raises ZMQError for an endpoint that is none."""
-        context = zmq.Context.instance() if self._context is None else zmq.Context.shadow(self._context)
+        # a socket of an asyncio context would make a future for each message
+        context: zmq.Context[Any] = zmq.Context.shadow(self._context or zmq.Context.instance())
         live = self._socket(context, zmq.SUB)
         monitor = live.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
         sockets = Readable(live, monitor)
@@ -153,7 +154,7 @@ class KvEventSubscriber:
         live.connect(self.endpoint)
 
     def _socket(self, context: "zmq.Context[Any]", kind: int) -> "zmq.Socket[Any]":
-        socket = context.socket(kind)
+        socket: zmq.Socket[Any] = context.socket(kind)
         for option, value in self._options.items():
             socket.setsockopt(option, value)
         return socket
