@@ -24,7 +24,7 @@ def engine_messages(
     active = []  # [hashes, tokens to come]
     for _ in range(n_messages):
         stored, removed = [], []
-        if len(active) < running and rng.random() < 2 * running / answer_tokens:
+        if len(active) < running and rng.random() < running / answer_tokens:
             hashes = [rng.getrandbits(64) for _ in range(prompt_blocks)]
             active.append([hashes.copy(), answer_tokens])
             stored.append(store(rng, hashes, None))
