@@ -79,7 +79,7 @@ def _apply_run(router: Router, run: EventRun, counts: Counter[str]) -> bool:
     except BlockSizeMismatch:  # all stores of a run have one size
         removals = _removals(run)
         counts["BlockSizeMismatch"] += len(run) - len(removals)
-        return _apply_run(router, removals, counts)
+        return len(removals) == 0 or _apply_run(router, removals, counts)
     except MulschedError:
         return False
     _count(applied, counts)
