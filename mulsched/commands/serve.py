@@ -9,10 +9,12 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mulsched.commands._prompt_options import add_prompt_options, prompt_reader
+from mulsched.commands._tiers import add_tier_option, tier_cost_ratio
 from mulsched.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ _SECONDS = {
     "read-timeout": "an engine that sends nothing for so long has failed",
     "request-timeout": "for a request as a whole",
     "connect-timeout": "to connect to an engine",
-    "drain-timeout": "for requests under way when the gateway stops",
+    "drain-timeout": "for requests under way when the gateway stops, or at an engine that is removed",
     "health-period": "from one health check to the next",
     "health-timeout": "for a health check",
 }
@@ -51,7 +53,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080, metavar="N")
     parser.add_argument(
-        "--engine", action="append", required=True, metavar="URL", help="http://HOST:PORT; once for each"
+        "--engine", action="append", default=[], metavar="URL", help="http://HOST:PORT; once for each"
+    )
+    parser.add_argument(
+        "--engines-file",
+        metavar="FILE",
+        help="more engines, one a line: URL, and KV event and replay endpoints if any; read again on SIGHUP",
     )
     parser.add_argument(
         "--kv-events",
@@ -82,21 +89,11 @@ def add_parser(commands: Any) -> None:
         "--policy", default="lmetric", metavar="NAME", help="which engine gets a request (default: lmetric)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of a policy that draws")
-    parser.add_argument(
-        "--tokenizer",
-        default="none",
-        metavar="NAME",
-        help="a model's directory, a tokenizer.json, or a model on Hugging Face's hub "
-        "(default: none, routing by text)",
-    )
-    parser.add_argument(
-        "--chat-template",
-        metavar="FILE",
-        help="for tokens of chats as engines see them (default: the one beside the tokenizer)",
-    )
+    add_prompt_options(parser)
     parser.add_argument(
         "--prefill-tokens-per-s", type=float, metavar="X", help="of an engine, for answers not streamed"
     )
+    add_tier_option(parser)
     parser.add_argument(
         "--poll-load",
         dest="poll_load_s",
@@ -119,6 +116,14 @@ def add_parser(commands: Any) -> None:
         default=[],
         metavar="KEY",
         help="clients need one; @FILE reads it",
+    )
+    parser.add_argument(
+        "--admin-key",
+        dest="admin_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="whoever has it may add and remove engines; @FILE reads it (default: nobody may)",
     )
     parser.add_argument("--engine-api-key", metavar="KEY", help="sent to engines; @FILE reads it")
     parser.add_argument(
@@ -144,14 +149,12 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from mulsched.gateway.gateway import Gateway
     from mulsched.gateway.logs import JsonLog, no_log
-    from mulsched.gateway.prompts import PromptReader, load_tokenizer
     from mulsched.record import Recorder
 
     config = _config(options)
     if config.api_keys == () and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"mulsched: whoever reaches {options.host} may use the engines: no --api-key", file=sys.stderr)
-    encode = None if options.tokenizer == "none" else load_tokenizer(options.tokenizer)
-    prompts = PromptReader(config.block_size, encode, _chat_template(options))
+    prompts = prompt_reader(options, config.block_size)
     # standard error without Python's buffers, a system call a line
     errors = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115
     log = no_log if options.no_log else JsonLog(errors.write, time.time)
@@ -174,15 +177,14 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
 
     nothing = [None] * len(options.engine)
     kv_events = options.kv_events
-    if kv_events == ["auto"]:
+    kv_events_auto = kv_events == ["auto"]
+    if kv_events_auto:
         kv_events = kv_events * len(options.engine)
     for name, sockets in (("--kv-events", kv_events), ("--kv-replay", options.kv_replay)):
         if len(sockets) not in (0, len(options.engine)):
             raise InvalidArgument(f"{name} goes with each --engine or with none, got {len(sockets)}")
     if options.kv_replay and not options.kv_events:
         raise InvalidArgument("--kv-replay goes with --kv-events")
-    if options.chat_template is not None and options.tokenizer == "none":
-        raise InvalidArgument("--chat-template goes with --tokenizer")
     if options.kv_events and options.tokenizer == "none":
         raise InvalidArgument("--kv-events needs --tokenizer, since events speak of tokens")
     fields = GatewayConfig.__dataclass_fields__
@@ -194,7 +196,11 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
     if ranks > 1:
         engines = tuple(rank for engine in engines for rank in engine.ranks(ranks))
     given["engines"] = engines
+    given["kv_events_auto"] = kv_events_auto
+    events = bool(options.kv_events or options.engines_file or options.admin_keys)
+    given["tier_cost_ratio"] = tier_cost_ratio(options, events=events)
     given["api_keys"] = tuple(map(_secret, options.api_keys))
+    given["admin_keys"] = tuple(map(_secret, options.admin_keys))
     given["engine_api_key"] = _secret(options.engine_api_key)
     given["forward_headers"] = tuple(options.forward_headers)
     return GatewayConfig(**given)
@@ -203,16 +209,6 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
 def _secret(value: str | None) -> str | None:
     """Return a key, read from a file if it is @FILE: arguments can be seen by every user of a machine."""
     return Path(value[1:]).read_text().strip() if value is not None and value.startswith("@") else value
-
-
-def _chat_template(options: argparse.Namespace) -> "Callable[[Mapping[str, Any]], str] | None":
-    if options.tokenizer == "none":
-        return None
-    from mulsched.gateway.chat_template import load_chat_template
-
-    model = Path(options.tokenizer)
-    source = None if options.chat_template is None else Path(options.chat_template)
-    return load_chat_template(model.parent if model.is_file() else model, source, time.strftime)
 
 
 def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
@@ -233,7 +229,10 @@ async def _serve(gateway: "Gateway", options: argparse.Namespace) -> None:
         port = await gateway.start(options.host, options.port)
         # modules and classes stay; looking through them holds requests up for 40 ms each time
         gc.freeze()
-        print(f"http://{options.host}:{port}/v1 over {len(options.engine)} engines, page at /", flush=True)
+        if options.engines_file is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reread_engines)
+        addresses = {engine.config.address for engine in gateway.fleet.engines.values()}
+        print(f"http://{options.host}:{port}/v1 over {len(addresses)} engines, page at /", flush=True)
         await stopped.wait()
     finally:
         await gateway.stop()

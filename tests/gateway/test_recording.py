@@ -5,9 +5,10 @@ import json
 import pytest
 from fake_engine import answers, dies, streams
 from gateway_harness import ASK, CHAT, run
+from made_tokenizer import MadeTokenizer
 
 from mulsched.cli import main
-from mulsched.gateway.prompts import PromptReader
+from mulsched.prompt_reader import PromptReader
 from mulsched.record import Recorder
 from mulsched.replay import read_trace
 
@@ -48,7 +49,7 @@ def test_a_record_has_the_gateways_ids_and_not_the_clients(tmp_path):
     assert "mine" not in path.read_text()
 
 
-def test_a_retry_is_another_decision_and_what_failed_has_no_end(tmp_path):
+def test_what_failed_is_cancelled_before_its_retry_and_where_there_is_none(tmp_path):
     async def scenario(front):
         await front.post()
         front.engines[1].answer = dies
@@ -57,10 +58,11 @@ def test_a_retry_is_another_decision_and_what_failed_has_no_end(tmp_path):
     path = tmp_path / "log"
     with Recorder(path, block_size=64) as recorder:
         run(scenario, dies, answers(), recorder=recorder)
-    events = [line["event"] for line in recorded(path)]
-    assert events[:2] == ["dispatched"] * 2
-    assert events.count("finished") == 1
-    assert events[-1] == "dispatched"
+    events = [(line["event"], line["id"]) for line in recorded(path)]
+    failed = ["dispatched", "cancelled"]
+    expected = [("id-1", [*failed, "dispatched", "finished"]), ("id-2", failed * 3)]
+    assert events == [(event, id_) for id_, told in expected for event in told]
+    assert len(read_trace(path)) == 1
 
 
 def test_a_record_that_cannot_be_written_ends_and_the_gateway_goes_on(tmp_path):
@@ -97,7 +99,7 @@ def test_a_record_is_checked_in_tokens_whatever_the_gateway_counts(tmp_path, cap
             await front.post("/v1/completions", {"prompt": text(i % 2 * i)})
         await front.idle()
 
-    prompts = PromptReader(16, encode)
+    prompts = PromptReader(16, encode and MadeTokenizer(encode))
     path = tmp_path / "log"
     units = {"block_size": prompts.router_block_size, "units_per_token": prompts.units_per_token}
     with Recorder(path, **units) as recorder:
