@@ -9,8 +9,6 @@ from mulsched.prefix_index import Backend
 from mulsched.types import Keys
 
 SOURCE_DIGEST: str
-PlainRun = tuple[str | None, str | None, int | None, int, NDArray[np.uint64], Keys, NDArray[np.uint32]]
-_Part = PlainRun | tuple[int, int]
 _Found = tuple[int, int, float, int]
 
 def xxh3_64(data: bytes | bytearray | memoryview, seed: int) -> int: ...

@@ -3,15 +3,19 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mulsched.types import BlockRemoved, BlockStored, CacheCleared, EventRun, Namespace
+import numpy as np
+from numpy.typing import NDArray
+
+from mulsched.types import BlockRemoved, BlockStored, CacheCleared, EventRun, Keys, Namespace
 
 if TYPE_CHECKING:
-    from mulsched._native import KvMessage, PlainRun
+    from mulsched._native import KvMessage
 
 __all__ = [
     "EventBatch",
     "KvEvent",
     "PackedEvents",
+    "PlainRun",
     "SplitRuns",
     "adapter",
     "content_key",
@@ -20,6 +24,9 @@ __all__ = [
 ]
 
 KvEvent = BlockStored | BlockRemoved | CacheCleared
+
+# As the core reads one: medium, lora_name, lora_id, block_size, table, block_hashes, token_ids.
+PlainRun = tuple[str | None, str | None, int | None, int, NDArray[np.uint64], Keys, NDArray[np.uint32]]
 
 # The names that engines give to tiers: vLLM 0.32 CPU and STORAGE, SGLang CPU_PINNED, CPU_TIER1 and DISK,
 # Dynamo device and host_pinned.
@@ -106,7 +113,7 @@ def adapter(name: str | None, lora_id: int | None) -> str | None:
     return str(lora_id) if name is None and lora_id is not None else name
 
 
-def event_run(part: "PlainRun", instance: str, counts_copies: bool) -> EventRun:
+def event_run(part: PlainRun, instance: str, counts_copies: bool) -> EventRun:
     """Return a run as the core has read it."""
     medium, lora_name, lora_id, block_size, table, hashes, tokens = part
     lora = adapter(lora_name, lora_id)

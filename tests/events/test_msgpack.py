@@ -346,6 +346,22 @@ def test_runs_end_where_the_adapter_or_the_medium_changes():
         assert [len(run) for run in decoded.parts] == [2, 1, 1, 2]
 
 
+def test_the_runs_of_a_message_are_a_sequence():
+    if mulsched.BACKEND != "native":
+        return  # there are no runs
+    stores = [stored([n], TOKENS[:4], lora_name=name) for n, name in enumerate("abc")]
+    parts = decode_vllm(batch(*stores), "a").parts
+    names = [run.namespace.lora for run in (*parts, parts[-1], *parts[:2])]
+    assert (len(parts), names) == (3, ["a", "b", "c", "c", "a", "b"])
+    with pytest.raises(IndexError):
+        parts[3]
+
+
+@pytest.mark.parametrize(("events", "clears"), [([], False), ([removed([1])], False), ([cleared()], True)])
+def test_a_batch_says_whether_the_cache_was_cleared(events, clears):
+    assert decode_vllm(batch(stored([7], TOKENS[:4]), *events), "a").clears == clears
+
+
 ALTERNATING = {
     "nothing known": [None],
     "media": [removed([1]), removed([1], medium="CPU")],
