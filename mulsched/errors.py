@@ -104,7 +104,7 @@ class NoEligibleInstance(MulschedError, LookupError):
 
 
 class NonFiniteScore(MulschedError, ArithmeticError):
-    """A score that is NaN or infinite, or has the wrong shape."""
+    """A score that is NaN or infinite."""
 
 
 class UnknownPolicy(MulschedError, KeyError):

@@ -11,7 +11,7 @@ too long. They are released by an estimate instead: engines prefill in the order
 prefill is presumed done ``new_prefill_tokens / prefill_tokens_per_s`` after the one before it on the same
 instance was, or after its dispatch if none was waiting. An end that comes earlier corrects the estimate: all
 that was dispatched there before it must have been prefilled too. What the estimate costs is measured in
-docs/lifecycle.md.
+docs/lifecycle-results.md.
 """
 
 import heapq

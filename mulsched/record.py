@@ -39,12 +39,12 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps makes one a cal
 class Recorder:
     """Writes decisions, first tokens and ends to a new file.
 
-    It stands beside a router, however decisions are made: give it what ``route`` or ``dispatch`` booked, and
-    what the router is told of later. ``block_size``: the router's. ``units_per_token``: how much of what the
-    router counts is a token on average, 1 for token ids, ``prompt_routing.CHARACTERS_PER_TOKEN`` where the
-    gateway or an adapter routes text; None if unknown: the log is then read as tokens, with a note.
-    ``known_keys``: how many block keys are remembered, about 110 bytes each; the default, arbitrary, takes
-    29 MB.
+    It stands beside a router, however decisions are made, and nobody calls it but you: give it what ``route``
+    or ``dispatch`` booked, and what the router or its :class:`~mulsched.Lifecycle` is told of later.
+    ``block_size``: the router's. ``units_per_token``: how much of what the router counts is a token on
+    average, 1 for token ids, ``prompt_routing.CHARACTERS_PER_TOKEN`` where the gateway or an adapter routes
+    text; None if unknown: the log is then read as tokens, with a note. ``known_keys``: how many block keys
+    are remembered, about 110 bytes each; the default, arbitrary, takes 29 MB.
 
     Lines are buffered: ``flush`` writes them, ``close`` too, and a process that is killed loses the buffer
     and tears at most the last line. Each call takes one lock, so threads may share a recorder.
@@ -133,7 +133,18 @@ class Recorder:
 
         Without them a replay makes one token. Raises as ``first_token``.
         """
-        line: dict[str, Any] = {"event": "finished", "t": _seconds(now), "id": _name(request_id)}
+        self._end("finished", request_id, now, output_tokens)
+
+    def cancelled(self, request_id: Hashable, *, now: float, output_tokens: int | None = None) -> None:
+        """Record that a request was taken off: it failed, its client left, or it is tried elsewhere.
+
+        A replay leaves it out if no first token was recorded, so that a retry counts once; else it makes
+        ``output_tokens``, what the client got, or one. Raises as ``first_token``.
+        """
+        self._end("cancelled", request_id, now, output_tokens)
+
+    def _end(self, event: str, request_id: Hashable, now: float, output_tokens: int | None) -> None:
+        line: dict[str, Any] = {"event": event, "t": _seconds(now), "id": _name(request_id)}
         if output_tokens is not None:
             line["output_tokens"] = check_count(output_tokens, "output_tokens")
         with self._lock:

@@ -5,6 +5,7 @@ the native core can compute them without numpy; the result is the same to the la
 """
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, get_args
 
@@ -14,7 +15,16 @@ from numpy.typing import NDArray
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.indicators import COLUMNS, Columns
 
-__all__ = ["Custom", "Linear", "Multiplicative", "Score", "lexicographic", "min_max", "native_form"]
+__all__ = [
+    "Custom",
+    "Linear",
+    "Multiplicative",
+    "Score",
+    "as_scores",
+    "lexicographic",
+    "min_max",
+    "native_form",
+]
 
 Normalise = Literal["max", "min_max", "prompt"]
 
@@ -128,11 +138,37 @@ class Custom:
         self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
 
     def __call__(self, columns: Columns, /) -> NDArray[np.float64]:
-        """Return what the callable returns, as float64."""
-        return np.asarray(self.function(columns), dtype=np.float64)
+        """Return what the callable returns, as float64. Raises as ``as_scores``, and what it raises."""
+        return as_scores(self.function(columns), columns, "score", self.name)
 
     def __repr__(self) -> str:
         return f"Custom({self.name})"
+
+
+def as_scores(returned: Any, columns: Columns, kind: str, name: str) -> NDArray[np.float64]:
+    """Return what a score gave as float64, shape ``(n,)``; ``kind`` and ``name`` begin the message.
+
+    Raises InvalidArgument (not one for each candidate), InvalidType (anything but real numbers: booleans,
+    texts and objects would convert, to something that nobody meant). O(n).
+    """
+    try:
+        scores = np.asarray(returned)
+    except ValueError:  # lists of different lengths
+        scores = np.array(None)
+    if scores.shape != (len(columns),):
+        if isinstance(returned, np.ndarray):
+            given = f"shape {scores.shape}"
+        else:
+            given = f"shape {scores.shape}: {reprlib.repr(returned)}"
+        raise InvalidArgument(
+            f"{kind} {name!r} must return one score per candidate, shape ({len(columns)},), got {given}"
+        )
+    if scores.dtype.kind not in "fiu":
+        first = reprlib.repr(scores.tolist()[0])
+        raise InvalidType(
+            f"{kind} {name!r} must return numbers, got dtype {scores.dtype}, the first is {first}"
+        )
+    return scores.astype(np.float64, copy=False)
 
 
 def native_form(score: Score) -> tuple[list[int], list[float], list[str | None]] | None:

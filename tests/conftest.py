@@ -4,8 +4,13 @@ import gc
 
 import pytest
 from backends import BACKENDS, new_backend
+from hypothesis import settings
 
 import mulsched.prefix_index
+
+# a deadline is a claim about the clock of a machine that others use too
+settings.register_profile("mulsched", deadline=None)
+settings.load_profile("mulsched")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

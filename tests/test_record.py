@@ -15,7 +15,7 @@ from mulsched import Router
 from mulsched.errors import InvalidArgument, InvalidType, TraceError
 from mulsched.failure import FailureDetector
 from mulsched.record import FORMAT, VERSION, Recorder
-from mulsched.replay import read_trace, replay, synthetic_trace, validate_trace
+from mulsched.replay import read_trace, replay, synthetic_trace, validate_trace, write_trace
 from mulsched.replay.profile import builtin_profile
 from mulsched.types import Namespace
 
@@ -164,6 +164,7 @@ def test_a_log_is_never_overwritten(tmp_path):
         (lambda recorder: recorder.first_token(1, now=None), InvalidType),
         (lambda recorder: recorder.finished(1, now=float("nan")), InvalidArgument),
         (lambda recorder: recorder.finished(1, now=0.0, output_tokens=-1), InvalidArgument),
+        (lambda recorder: recorder.cancelled(1, now=None), InvalidType),
         (
             lambda recorder: recorder.dispatched(
                 router_of(block_size=32).route(list(range(40)), request_id=1), now=0.0
@@ -332,6 +333,52 @@ def test_ends_of_requests_from_before_the_log_are_counted(tmp_path):
     )
 
 
+def test_a_cancelled_request_says_when_and_how_far_it_came(tmp_path):
+    with Recorder(tmp_path / "log") as recorder:
+        recorder.cancelled("a", now=2.0)
+        recorder.cancelled("b", now=3.0, output_tokens=5)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()[1:]]
+    assert lines == [
+        {"event": "cancelled", "t": 2.0, "id": "a"},
+        {"event": "cancelled", "t": 3.0, "id": "b", "output_tokens": 5},
+    ]
+
+
+def test_a_request_that_was_tried_twice_replays_once(tmp_path):
+    router = router_of()
+    with Recorder(tmp_path / "log", units_per_token=1) as recorder:
+        recorder.dispatched(router.route(list(range(40)), request_id="a"), now=0.0)
+        router.cancel("a")
+        recorder.cancelled("a", now=1.0)
+        # its blocks are those of the line that is left out
+        recorder.dispatched(router.route(list(range(40)), request_id="a"), now=1.0)
+        recorder.finished("a", now=2.0, output_tokens=3)
+    trace = read_trace(tmp_path / "log")
+    assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([40], [3])
+    assert trace.notes == ("1 requests that were cancelled before their first token left out",)
+
+
+def test_a_trace_without_what_was_cancelled_is_a_valid_trace(tmp_path):
+    router = router_of()
+    with Recorder(tmp_path / "log", units_per_token=1) as recorder:
+        for i in range(3):
+            recorder.dispatched(router.route(list(range(i, i + 40)), request_id=i), now=float(i))
+        recorder.cancelled(0, now=3.0)
+        recorder.cancelled(1, now=3.0)
+    write_trace(read_trace(tmp_path / "log"), tmp_path / "trace")
+    problems, trace = validate_trace(tmp_path / "trace")
+    assert (problems, len(trace), trace.arrival_s.tolist()) == ([], 1, [0.0])
+
+
+def test_a_request_that_was_cancelled_later_replays_with_what_its_client_got(tmp_path):
+    router = router_of()
+    with Recorder(tmp_path / "log", units_per_token=1) as recorder:
+        recorder.dispatched(router.route(list(range(40)), request_id="a"), now=0.0)
+        recorder.first_token("a", now=1.0)
+        recorder.cancelled("a", now=2.0, output_tokens=7)
+    assert read_trace(tmp_path / "log").output_tokens.tolist() == [7]
+
+
 def test_an_id_that_is_used_again_ends_where_it_was_used_last(tmp_path):
     router = router_of()
     with Recorder(tmp_path / "log") as recorder:
@@ -361,7 +408,7 @@ def test_a_bad_header_is_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"event": "lost"}, "event must be dispatched, first_token or finished, got 'lost'"),
+        ({"event": "lost"}, "event must be dispatched, first_token, finished or cancelled, got 'lost'"),
         ({"id": None}, "id must be a string or an integer, got None"),
         ({"keys": "@"}, "keys must be 64-bit numbers in base64, got '@'"),
         ({"keys": "AAAA"}, "keys must be 64-bit numbers in base64, got 'AAAA'"),

@@ -15,7 +15,7 @@ def test_the_page_shows_every_row_of_the_results():
     from router_view.run import table
 
     rows = table(json.loads(RESULTS.read_text())).splitlines()
-    page = (HERE / "docs" / "lifecycle.md").read_text()
+    page = (HERE / "docs" / "lifecycle-results.md").read_text()
     assert len(rows) == 2 + 5 * 9 + 6 * 3
     assert [row for row in rows if row not in page] == []
 
@@ -46,3 +46,18 @@ def test_a_silent_router_hears_no_first_token(rate, waiting):
     router.now = 2.0
     router.finish(1)
     assert router.router.load("a")["running"] == 0
+
+
+def test_several_routers_know_their_own_requests_at_once_and_those_of_others_after_a_poll():
+    from router_view.views import SeveralRouters
+
+    both = SeveralRouters(2, poll_s=1.0)
+    both.add_instance("a")
+    for i, now in enumerate((0.0, 0.1, 1.0)):
+        both.route_keys([1, 2], prompt_tokens=32, request_id=i, now=now)
+        waiting = [router.load("a")["waiting"] for router in both.routers]
+        assert waiting == [[1, 0], [1, 1], [3, 2]][i]
+    for i in range(3):
+        both.first_token(i)
+        both.finish(i)
+    assert (both.running["a"], both.waiting["a"]) == (0, 0)

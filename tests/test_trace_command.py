@@ -1,5 +1,6 @@
 """``mulsched trace``: info, validate, convert, generate."""
 
+import argparse
 import json
 import stat
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mulsched.cli import main
-from mulsched.replay import read_trace
+from mulsched.commands._workload import add_trace_options, rate_scale_of, trace_at
+from mulsched.replay import read_trace, write_trace
 
 DATA = Path(__file__).parent / "replay" / "data"
 MOONCAKE = str(DATA / "mooncake.jsonl")
@@ -131,9 +133,8 @@ def test_sessions_and_times_are_read_where_told(tmp_path, capsys, log):
 
 def test_generate_writes_a_synthetic_trace_and_prints_its_calibration(tmp_path, capsys):
     out = tmp_path / "t.jsonl.gz"
-    assert (
-        main(["trace", "generate", "coder", str(out), "--duration", "60", "--seed", "5", "--rate", "2"]) == 0
-    )
+    options = ["--workload", "coder", "--duration", "60", "--seed", "5", "--rate-scale", "0.4"]
+    assert main(["trace", "generate", str(out), *options]) == 0
     assert "achieved    target" in capsys.readouterr().out
     trace = read_trace(out)
     assert trace.synthetic
@@ -143,9 +144,22 @@ def test_generate_writes_a_synthetic_trace_and_prints_its_calibration(tmp_path, 
 
 def test_generate_writes_a_burst_and_prints_its_figures(tmp_path, capsys):
     out = tmp_path / "t.jsonl"
-    assert main(["trace", "generate", "hot_class", str(out), "--rate", "1"]) == 0
+    options = ["--workload", "hot_class", "--rate-scale", "0.2"]
+    assert main(["trace", "generate", str(out), *options]) == 0
     assert "requests are of hot classes" in capsys.readouterr().out
     assert read_trace(out).arrival_s[-1] == pytest.approx(180, abs=10)
+
+
+@pytest.mark.parametrize("workload", ["api", "hot_class"])
+def test_generate_makes_the_trace_that_replay_makes_of_the_same_options(workload, tmp_path, capsys):
+    out = tmp_path / "t.jsonl"
+    options = ["--workload", workload, "--duration", "50", "--seed", "3", "--rate-scale", "0.5"]
+    assert main(["trace", "generate", str(out), *options]) == 0
+    parser = argparse.ArgumentParser()
+    add_trace_options(parser)
+    parsed = parser.parse_args(options)
+    write_trace(trace_at(parsed)(rate_scale_of(parsed)), tmp_path / "replayed")
+    assert out.read_bytes() == (tmp_path / "replayed").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -169,7 +183,7 @@ def test_generate_writes_a_burst_and_prints_its_figures(tmp_path, capsys):
             ["convert", MOONCAKE, "out", "--hash-block-tokens", "0"],
             "hash_block_tokens must lie in 1..16384, got 0",
         ),
-        (["generate", "chat", "out", "--duration", "0"], "duration_s must be finite and above 0, got 0"),
+        (["generate", "out", "--duration", "0"], "duration_s must be finite and above 0, got 0"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):

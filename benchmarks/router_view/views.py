@@ -1,5 +1,6 @@
 """Routers that see less, or otherwise, than the production router does, for the replay's Python loop."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,61 @@ class SilentRouter:
 
     def finish(self, request_id: int) -> None:
         self.lives.finish(request_id, now=self.now)
+
+
+class SeveralRouters:
+    """Requests by turns to ``n`` routers that each hear all KV events, and poll the load.
+
+    A router books what it sends itself. Of the others' requests it learns every ``poll_s`` how many run and
+    wait on each engine, as from Prometheus pages; not how many tokens they wait with.
+    """
+
+    def __init__(self, n: int, *, poll_s: float = 1.0, **options: Any) -> None:
+        self.routers = [Router(in_flight="cached", **options) for _ in range(n)]
+        self.poll_s = poll_s
+        self.next_s = poll_s
+        self.now = 0.0
+        self.instance_of: dict[int, str] = {}
+        self.waiting: Counter[str] = Counter()
+        self.running: Counter[str] = Counter()
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        return self.routers[0].instances
+
+    def add_instance(self, instance: str, **options: Any) -> None:
+        for router in self.routers:
+            router.add_instance(instance, **options)
+
+    def apply(self, event: Any) -> None:
+        for router in self.routers:
+            router.apply(event)
+
+    def route_keys(self, keys: Any, *, request_id: int, now: float, **options: Any) -> Any:
+        if len(self.routers) > 1 and now >= self.next_s:
+            self.poll(now)
+        decision = self._of(request_id).route_keys(keys, request_id=request_id, now=now, **options)
+        self.instance_of[request_id] = decision.instance
+        self.waiting[decision.instance] += 1
+        return decision
+
+    def poll(self, now: float) -> None:
+        self.next_s = now + self.poll_s
+        for name in self.instances:
+            for router in self.routers:
+                router.report_load(name, running=self.running[name], waiting=self.waiting[name], now=now)
+
+    def first_token(self, request_id: int) -> None:
+        self._of(request_id).first_token(request_id)
+        self.waiting[self.instance_of[request_id]] -= 1
+        self.running[self.instance_of[request_id]] += 1
+
+    def finish(self, request_id: int) -> None:
+        self._of(request_id).finish(request_id)
+        self.running[self.instance_of.pop(request_id)] -= 1
+
+    def _of(self, request_id: int) -> Router:
+        return self.routers[request_id % len(self.routers)]
 
 
 class _Viewed(_Replay):

@@ -10,13 +10,11 @@ from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.lifecycle import Lifecycle
 from mulsched.load import check_count
 from mulsched.openai_prompt import parse_prompt
-from mulsched.prompt_routing import CHARACTERS_PER_TOKEN, prompt_keys
+from mulsched.prompt_routing import CHARACTERS_PER_TOKEN, UNREADABLE, PromptKeys, prompt_keys
 from mulsched.router import PolicyLike, Router
-from mulsched.types import Keys
 
-__all__ = ["BodyRouter", "End", "PromptKeys", "as_body"]
+__all__ = ["BodyRouter", "End", "as_body"]
 
-PromptKeys = tuple[Keys, int]
 End = tuple[Literal["finish", "cancel"], Hashable, str | None]
 """How a request ended, its id, and the instance that says so, if one does."""
 
@@ -70,7 +68,7 @@ class BodyRouter:
         try:
             prompt = parse_prompt(body)
         except (InvalidArgument, InvalidType):
-            prompt = None
+            return UNREADABLE
         return prompt_keys(prompt, self.lifecycle.router.block_size)
 
     def reserve(

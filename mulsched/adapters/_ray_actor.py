@@ -9,8 +9,9 @@ import ray
 from ray.exceptions import ActorDiedError, RayError
 from ray.util.metrics import Counter
 
-from mulsched.adapters._bodies import End, PromptKeys
+from mulsched.adapters._bodies import End
 from mulsched.adapters._shared_router import SharedRouter
+from mulsched.prompt_routing import PromptKeys
 
 __all__ = ["RouterActor"]
 

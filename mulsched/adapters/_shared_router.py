@@ -3,7 +3,8 @@
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from mulsched.adapters._bodies import BodyRouter, End, PromptKeys
+from mulsched.adapters._bodies import BodyRouter, End
+from mulsched.prompt_routing import PromptKeys
 
 __all__ = ["SharedRouter"]
 

@@ -85,7 +85,6 @@ def generate(
     *,
     duration_s: float | None = None,
     seed: int = 0,
-    rate_per_s: float | None = None,
     rate_scale: float = 1.0,
 ) -> Trace:
     """Return a synthetic trace by name, by default of its own length; a burst's rate is its background's.
@@ -94,7 +93,7 @@ def generate(
     """
     is_burst = workload in BURSTS
     background = BURSTS[workload].background if is_burst else workload
-    rate = rate_scale * (WORKLOADS[background].rate_per_s if rate_per_s is None else rate_per_s)
+    rate = rate_scale * WORKLOADS[background].rate_per_s
     if is_burst:
         return burst_trace(workload, duration_s=duration_s, seed=seed, rate_per_s=rate)
     duration = CALIBRATED_S if duration_s is None else duration_s

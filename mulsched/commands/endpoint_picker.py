@@ -7,10 +7,10 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
+from mulsched.commands._prompt_options import add_prompt_options, prompt_reader
 from mulsched.errors import InvalidArgument
 from mulsched.lifecycle import Lifecycle
-from mulsched.prompt_routing import CHARACTERS_PER_TOKEN
-from mulsched.replay.openai_log import load_tokenizer
+from mulsched.prompt_reader import PromptReader
 from mulsched.router import Router
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ def add_parser(commands: Any) -> None:
         "--service", metavar="NAME:PORT", help="endpoints are the addresses that NAME has in DNS, followed"
     )
     parser.add_argument("--policy", default="lmetric", metavar="NAME", help="default: lmetric")
-    parser.add_argument(
-        "--tokenizer", default="none", metavar="FILE", help="a tokenizer.json (default: none, by text)"
-    )
+    add_prompt_options(parser)
     parser.add_argument(
         "--block-size", type=int, default=16, metavar="TOKENS", help="the engines' (default: 16)"
     )
@@ -86,13 +84,14 @@ async def _serve(options: argparse.Namespace) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    lifecycle, encode = _routing(options)
+    prompts = prompt_reader(options, options.block_size)
+    lifecycle = _lifecycle(options, prompts)
     cache_blocks = max(1, options.kv_tokens // options.block_size)
     fleet = Fleet(lifecycle, cache_blocks=cache_blocks, watches=_watches(options, lifecycle.router))
     picker = EndpointPicker(
         lifecycle,
+        prompts=prompts,
         clock=time.monotonic,
-        encode=encode,
         fallbacks=options.fallbacks,
         max_in_flight=options.max_in_flight,
     )
@@ -110,18 +109,10 @@ async def _serve(options: argparse.Namespace) -> None:
     print("requests: " + ", ".join(f"{name} {n}" for name, n in sorted(picker.counts.items())), flush=True)
 
 
-def _routing(options: argparse.Namespace) -> tuple[Lifecycle, Any]:
-    """Return the lifecycle, and from text to tokens; without a tokenizer the unit is a character."""
-    scale, encode = CHARACTERS_PER_TOKEN, None
-    if options.tokenizer != "none":
-        scale, tokenizer = 1, load_tokenizer(options.tokenizer)
-
-        def encode(text: str) -> Any:
-            return tokenizer.encode(text, add_special_tokens=False).ids
-
-    router = Router(block_size=options.block_size * scale, policy=options.policy)
+def _lifecycle(options: argparse.Namespace, prompts: PromptReader) -> Lifecycle:
+    router = Router(block_size=prompts.router_block_size, policy=options.policy)
     rate = options.prefill_tokens_per_s
-    return Lifecycle(router, prefill_tokens_per_s=None if rate is None else rate * scale), encode
+    return Lifecycle(router, prefill_tokens_per_s=None if rate is None else rate * prompts.units_per_token)
 
 
 def _watches(options: argparse.Namespace, router: Router) -> list[Any]:

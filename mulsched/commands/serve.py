@@ -9,10 +9,11 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mulsched.commands._prompt_options import add_prompt_options, prompt_reader
 from mulsched.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -82,18 +83,7 @@ def add_parser(commands: Any) -> None:
         "--policy", default="lmetric", metavar="NAME", help="which engine gets a request (default: lmetric)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of a policy that draws")
-    parser.add_argument(
-        "--tokenizer",
-        default="none",
-        metavar="NAME",
-        help="a model's directory, a tokenizer.json, or a model on Hugging Face's hub "
-        "(default: none, routing by text)",
-    )
-    parser.add_argument(
-        "--chat-template",
-        metavar="FILE",
-        help="for tokens of chats as engines see them (default: the one beside the tokenizer)",
-    )
+    add_prompt_options(parser)
     parser.add_argument(
         "--prefill-tokens-per-s", type=float, metavar="X", help="of an engine, for answers not streamed"
     )
@@ -144,14 +134,12 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from mulsched.gateway.gateway import Gateway
     from mulsched.gateway.logs import JsonLog, no_log
-    from mulsched.gateway.prompts import PromptReader, load_tokenizer
     from mulsched.record import Recorder
 
     config = _config(options)
     if config.api_keys == () and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"mulsched: whoever reaches {options.host} may use the engines: no --api-key", file=sys.stderr)
-    encode = None if options.tokenizer == "none" else load_tokenizer(options.tokenizer)
-    prompts = PromptReader(config.block_size, encode, _chat_template(options))
+    prompts = prompt_reader(options, config.block_size)
     # standard error without Python's buffers, a system call a line
     errors = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115
     log = no_log if options.no_log else JsonLog(errors.write, time.time)
@@ -181,8 +169,6 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
             raise InvalidArgument(f"{name} goes with each --engine or with none, got {len(sockets)}")
     if options.kv_replay and not options.kv_events:
         raise InvalidArgument("--kv-replay goes with --kv-events")
-    if options.chat_template is not None and options.tokenizer == "none":
-        raise InvalidArgument("--chat-template goes with --tokenizer")
     if options.kv_events and options.tokenizer == "none":
         raise InvalidArgument("--kv-events needs --tokenizer, since events speak of tokens")
     fields = GatewayConfig.__dataclass_fields__
@@ -203,16 +189,6 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
 def _secret(value: str | None) -> str | None:
     """Return a key, read from a file if it is @FILE: arguments can be seen by every user of a machine."""
     return Path(value[1:]).read_text().strip() if value is not None and value.startswith("@") else value
-
-
-def _chat_template(options: argparse.Namespace) -> "Callable[[Mapping[str, Any]], str] | None":
-    if options.tokenizer == "none":
-        return None
-    from mulsched.gateway.chat_template import load_chat_template
-
-    model = Path(options.tokenizer)
-    source = None if options.chat_template is None else Path(options.chat_template)
-    return load_chat_template(model.parent if model.is_file() else model, source, time.strftime)
 
 
 def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":

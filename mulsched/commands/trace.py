@@ -11,12 +11,13 @@ from typing import Any
 
 from mulsched.commands._workload import GENERATED, generate
 from mulsched.errors import InvalidArgument
-from mulsched.replay.openai_log import load_tokenizer, read_openai_log
+from mulsched.replay.openai_log import read_openai_log
 from mulsched.replay.readers import FORMATS, read_trace
 from mulsched.replay.synthetic import WORKLOADS, format_calibration
 from mulsched.replay.trace import Trace
 from mulsched.replay.trace_file import write_trace
 from mulsched.replay.validation import validate_trace
+from mulsched.tokenizer import load_tokenizer
 
 __all__ = ["add_parser"]
 
@@ -42,18 +43,18 @@ def add_parser(commands: Any) -> None:
     )
     _add_convert(actions)
     action = actions.add_parser("generate", help="write a synthetic trace")
-    action.add_argument("workload", choices=GENERATED, metavar="WORKLOAD", help=", ".join(GENERATED))
     action.add_argument("output", metavar="OUT", help="trace file; .gz packs it")
-    action.add_argument("--seed", type=int, default=0, metavar="N")
+    # the names of mulsched replay, which makes the same trace from the same values
+    action.add_argument(
+        "--workload", choices=GENERATED, default="chat", help="synthetic workload (default: chat)"
+    )
+    action.add_argument(
+        "--rate-scale", type=float, default=1.0, metavar="X", help="X times its request rate (default: 1)"
+    )
     action.add_argument(
         "--duration", type=float, metavar="S", help="default: 7200, as calibrated; a burst's own"
     )
-    action.add_argument(
-        "--rate",
-        type=float,
-        metavar="R",
-        help="requests/s, a burst's without the hot ones (default: its own)",
-    )
+    action.add_argument("--seed", type=int, default=0, metavar="N")
     action.set_defaults(run=_generate)
 
 
@@ -166,7 +167,10 @@ def _salt(file: Path) -> bytes:
 
 def _generate(options: argparse.Namespace) -> int:
     trace = generate(
-        options.workload, duration_s=options.duration, seed=options.seed, rate_per_s=options.rate
+        options.workload,
+        duration_s=options.duration,
+        seed=options.seed,
+        rate_scale=options.rate_scale,
     )
     write_trace(trace, options.output)
     print(format_calibration(trace) if options.workload in WORKLOADS else _figures(trace))

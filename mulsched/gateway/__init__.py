@@ -2,6 +2,7 @@
 
 from mulsched.gateway.config import EngineConfig, GatewayConfig
 from mulsched.gateway.gateway import Gateway
-from mulsched.gateway.prompts import PromptReader, load_tokenizer
+from mulsched.prompt_reader import PromptReader
+from mulsched.tokenizer import load_tokenizer
 
 __all__ = ["EngineConfig", "Gateway", "GatewayConfig", "PromptReader", "load_tokenizer"]

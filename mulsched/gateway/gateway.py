@@ -14,11 +14,11 @@ from mulsched.gateway.fleet import Fleet
 from mulsched.gateway.logs import Log, no_log
 from mulsched.gateway.metrics import GatewayMetrics
 from mulsched.gateway.page import PAGE, PAGE_HEADERS, overview
-from mulsched.gateway.prompts import PromptReader
 from mulsched.gateway.proxy import Proxy
 from mulsched.gateway.records import Records
 from mulsched.gateway.replies import Refused, json_reply, refusal
 from mulsched.lifecycle import Lifecycle
+from mulsched.prompt_reader import PromptReader
 from mulsched.record import Recorder
 from mulsched.router import Router
 

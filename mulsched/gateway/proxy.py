@@ -12,10 +12,11 @@ from mulsched.events.load_header import LOAD_FORMAT_HEADER, LOAD_HEADER, read_lo
 from mulsched.gateway.answers import AnswerWatch
 from mulsched.gateway.config import GatewayConfig
 from mulsched.gateway.fleet import Engine, Fleet
-from mulsched.gateway.prompts import PromptReader, RoutedPrompt
 from mulsched.gateway.records import Records
 from mulsched.gateway.replies import Refused, error_body, refusal
 from mulsched.lifecycle import Lifecycle
+from mulsched.prompt_reader import PromptReader
+from mulsched.prompt_routing import PromptKeys
 
 try:
     import aiohttp
@@ -209,7 +210,7 @@ class Proxy:
         except web.RequestPayloadError:
             raise Refused(400, "broken_body", "the body is broken", Connection="close") from None
 
-    def _choose(self, exchange: _Exchange, prompt: RoutedPrompt) -> Engine:
+    def _choose(self, exchange: _Exchange, prompt: PromptKeys) -> Engine:
         names = self._fleet.eligible(without=exchange.tried, model=exchange.model)
         if not names:
             if self._fleet.eligible() and not self._fleet.lists(exchange.model):
@@ -221,8 +222,12 @@ class Proxy:
             raise Refused(503, "no_engine", "no engine is ready")
         everyone = len(names) == len(self._lifecycle.router.instances)
         # while a failed attempt still counts as load where it was; then it is taken off
-        exchange.decision = prompt(
-            self._lifecycle, exchange.request_id, None if everyone else names, self._clock()
+        exchange.decision = self._lifecycle.route_keys(
+            prompt.keys,
+            prompt_tokens=prompt.length,
+            request_id=exchange.request_id,
+            candidates=None if everyone else names,
+            now=self._clock(),
         )
         self._records.decided(exchange.request_id, exchange.shown_id, exchange.decision, self._clock())
         engine = self._fleet.engines[exchange.decision.instance]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mulsched.errors import InvalidArgument, InvalidType, NoEligibleInstance, NonFiniteScore, UnknownPolicy
 from mulsched.failure import FailureDetector
 from mulsched.indicators import Columns, uniform_draws
-from mulsched.scorers import Score
+from mulsched.scorers import Score, as_scores
 
 __all__ = [
     "Filter",
@@ -80,15 +80,7 @@ class Policy:
 
 
 def _scores(policy: Policy, columns: Columns) -> NDArray[np.float64]:
-    scores = np.asarray(policy.score(columns))
-    if scores.shape != (len(columns),):
-        raise InvalidArgument(
-            f"policy {policy.name!r} must return one score per candidate, shape ({len(columns)},), "
-            f"got shape {scores.shape}"
-        )
-    if scores.dtype.kind not in "fiu":
-        raise InvalidType(f"policy {policy.name!r} must return numbers, got dtype {scores.dtype}")
-    scores = scores.astype(np.float64, copy=False)
+    scores = as_scores(policy.score(columns), columns, "policy", policy.name)
     finite = np.isfinite(scores)
     if not finite.all():
         worst = int(np.argmin(finite))

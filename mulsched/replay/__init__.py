@@ -4,7 +4,7 @@ from mulsched.replay.bursts import BURSTS, Burst, HotClass, burst_trace, steady_
 from mulsched.replay.capacity import GPUS, MODELS, Gpu, ModelShape, kv_blocks
 from mulsched.replay.engine import EngineModel
 from mulsched.replay.fit import Fit, fit_profile
-from mulsched.replay.openai_log import load_tokenizer, read_openai_log
+from mulsched.replay.openai_log import read_openai_log
 from mulsched.replay.parallel import replay_many
 from mulsched.replay.profile import BUILTIN_PROFILES, Profile, builtin_profile, load_profile, roofline
 from mulsched.replay.readers import FORMATS, read_trace
@@ -17,6 +17,7 @@ from mulsched.replay.synthetic import WORKLOADS, format_calibration, synthetic_t
 from mulsched.replay.trace import Trace, TraceStats, lru_hit_ratio
 from mulsched.replay.trace_file import write_trace
 from mulsched.replay.validation import validate_trace
+from mulsched.tokenizer import load_tokenizer
 
 __all__ = [
     "BUILTIN_PROFILES",

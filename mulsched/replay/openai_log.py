@@ -10,45 +10,21 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from mulsched.errors import InvalidArgument, MissingExtra, TraceError
+from mulsched.errors import InvalidArgument, TraceError
 from mulsched.replay._lines import BadLineError, Rows, Source, as_runs, json_object, stream
 from mulsched.replay._logged import Logged, parse
 from mulsched.replay._prompts import Prompt
 from mulsched.replay.trace import Ints, Trace
+from mulsched.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer", "load_tokenizer", "read_openai_log"]
+__all__ = ["read_openai_log"]
 
 ASSUMED_CHARS_PER_TOKEN = 4.0
 """Where no line has a usage: OpenAI's rule of thumb for English."""
-
-
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer; that of the ``tokenizers`` package does it."""
-
-    def encode(self, sequence: str, /, *, add_special_tokens: bool = ...) -> Any:
-        """Return an object whose ``ids`` are the tokens of a text."""
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer in a ``tokenizer.json`` file or, if there is no such file, of a model's name.
-
-    A name is looked up by the ``tokenizers`` package at the Hugging Face hub, over the network.
-    Raises MissingExtra without the extra ``mulsched[tokenizer]``, InvalidArgument if there is none.
-    """
-    try:
-        import tokenizers
-    except ModuleNotFoundError as error:
-        raise MissingExtra("counting tokens needs tokenizers: pip install 'mulsched[tokenizer]'") from error
-    load = tokenizers.Tokenizer.from_file if Path(name).exists() else tokenizers.Tokenizer.from_pretrained
-    try:
-        found: Tokenizer = load(name)
-    except Exception as error:  # the package raises nothing narrower
-        raise InvalidArgument(f"no tokenizer in or under {name!r}: {error}") from None
-    return found
 
 
 @dataclass(slots=True)

@@ -32,6 +32,8 @@ class _Log:
     arrival_s: list[float] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
     output_tokens: list[int] = field(default_factory=list)  # 0 until the end is read
+    answered: list[bool] = field(default_factory=list)  # whether the first token came
+    wanted: list[bool] = field(default_factory=list)  # False once cancelled without one
     runs: list[list[int]] = field(default_factory=list)  # start, length, start, length, ...
     row_of: dict[int, int] = field(default_factory=dict)  # by the number of the decision
     request_of: dict[str | int, int] = field(default_factory=dict)  # the latest of each id
@@ -46,13 +48,17 @@ class _Log:
             raise BadLineError(f"id must be a string or an integer, got {name!r}")
         if event == "dispatched":
             self.dispatch(fields, now, name)
-        elif event not in ("first_token", "finished"):
-            raise BadLineError(f"event must be dispatched, first_token or finished, got {event!r}")
+        elif event not in ("first_token", "finished", "cancelled"):
+            raise BadLineError(f"event must be dispatched, first_token, finished or cancelled, got {event!r}")
         elif name not in self.request_of:
             self.strays += 1
-        elif event == "finished":
+        elif event == "first_token":
+            self.answered[self.request_of[name]] = True
+        else:
+            request = self.request_of[name]
             output = number(fields, "output_tokens", int, 0) if "output_tokens" in fields else 0
-            self.output_tokens[self.request_of[name]] = output
+            self.output_tokens[request] = output
+            self.wanted[request] = event == "finished" or self.answered[request]
 
     def dispatch(self, fields: dict[str, Any], now: float, name: str | int) -> None:
         prompt = number(fields, "prompt_tokens", int, 1)
@@ -70,6 +76,8 @@ class _Log:
         self.arrival_s.append(now)
         self.prompt_tokens.append(prompt)
         self.output_tokens.append(0)
+        self.answered.append(False)
+        self.wanted.append(True)
         self.runs.append(runs + as_runs(new))
 
     def ids(self, keys: list[int], before: int) -> list[int]:
@@ -139,13 +147,16 @@ def read_router_log(source: Source) -> Trace:
         with source.at(str(line_number)):
             log.add(json_object(line))
     rows = Rows()
-    for now, prompt, output, runs in zip(
-        log.arrival_s, log.prompt_tokens, log.output_tokens, log.runs, strict=True
+    for now, prompt, output, runs, wanted in zip(
+        log.arrival_s, log.prompt_tokens, log.output_tokens, log.runs, log.wanted, strict=True
     ):
-        rows.add(now, max(1, prompt // units), output, runs)
+        if wanted:
+            rows.add(now, max(1, prompt // units), output, runs)
     notes = [] if "units_per_token" in header else ["the log does not say its unit: read as tokens"]
     notes += [f"prompts are text, {units} characters taken for a token"] if units > 1 else []
     notes += ["the last line is torn, as by a crash, and left out"] if torn else []
+    if unwanted := log.wanted.count(False):
+        notes.append(f"{unwanted} requests that were cancelled before their first token left out")
     if log.strays:
         notes.append(f"{log.strays} signals of requests that the log does not have left out")
     return rows.trace(source.name, log.block_size // units, notes=tuple(notes))

@@ -1,6 +1,8 @@
 """The conversation with a proxy, played message by message: what is answered, and what is booked."""
 
+import asyncio
 import json
+import threading
 
 import pytest
 from envoy.config.core.v3 import base_pb2
@@ -8,10 +10,12 @@ from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import Proces
 from envoy.service.ext_proc.v3 import external_processor_pb2 as messages
 from hypothesis import given
 from hypothesis import strategies as st
+from made_tokenizer import MadeTokenizer
 
 from mulsched import Lifecycle, Router
 from mulsched.adapters.envoy import EndpointPicker, Exchange
 from mulsched.errors import InvalidArgument
+from mulsched.prompt_reader import PromptReader
 
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "[fd00::3]:8000"
 DESTINATION = "x-gateway-destination-endpoint"
@@ -19,6 +23,7 @@ CHAT = json.dumps(
     {"model": "m", "messages": [{"role": "user", "content": "Tell me of the sea. " * 20}]}
 ).encode()
 OTHER = json.dumps({"model": "m", "prompt": "Something else altogether. " * 20}).encode()
+PROMPTS = PromptReader(4)
 FULL, BUFFERED, STREAMED, NONE = (
     ProcessingMode.FULL_DUPLEX_STREAMED,
     ProcessingMode.BUFFERED,
@@ -27,12 +32,21 @@ FULL, BUFFERED, STREAMED, NONE = (
 )
 
 
-def new_picker(*endpoints, **options):
-    router = Router(block_size=16)
+def new_picker(*endpoints, prompts=PROMPTS, **options):
+    router = Router(block_size=prompts.router_block_size)
     for endpoint in endpoints or (A, B, C):
         router.add_instance(endpoint, cache_blocks=1000)
     times = iter(range(10**6))
-    return EndpointPicker(Lifecycle(router), clock=lambda: float(next(times)), **options)
+    return EndpointPicker(Lifecycle(router), prompts=prompts, clock=lambda: float(next(times)), **options)
+
+
+def at_once(answer):
+    """Return the result of a coroutine that waits for nothing."""
+    try:
+        answer.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it waits")
 
 
 class Proxy:
@@ -47,7 +61,8 @@ class Proxy:
         if kind == "request_headers":
             for name, mode in self.modes.items():
                 setattr(message.protocol_config, name, mode)
-        return self.exchange.answer(messages.ProcessingRequest.FromString(message.SerializeToString()))
+        sent = messages.ProcessingRequest.FromString(message.SerializeToString())
+        return at_once(self.exchange.answer(sent))
 
     def headers(self, end_of_stream=False, subset=None):
         metadata = base_pb2.Metadata()
@@ -376,11 +391,44 @@ def test_token_ids_are_routed_as_they_are():
     assert Proxy(picker).ask(json.dumps({"prompt": [*range(100), 7, 8]}).encode()) == first
 
 
+LETTERS = MadeTokenizer(lambda text, *, whole: list(text.encode()))
+
+
 def test_with_a_tokenizer_a_text_and_its_tokens_are_one_prompt():
-    picker = new_picker(encode=lambda text: list(text.encode()))
+    picker = new_picker(prompts=PromptReader(16, LETTERS))
     first = Proxy(picker).whole(json.dumps({"prompt": "sea" * 40}).encode())
     Proxy(picker).whole(OTHER)
     assert Proxy(picker).ask(json.dumps({"prompt": list(b"sea" * 50)}).encode()) == first
+
+
+def test_a_chat_is_the_tokens_of_what_the_models_template_makes_of_it():
+    picker = new_picker(prompts=PromptReader(16, LETTERS, lambda body: f"[{body['messages'][0]['content']}]"))
+    chat = {"messages": [{"role": "user", "content": "sea" * 40}]}
+    first = Proxy(picker).whole(json.dumps(chat).encode())
+    Proxy(picker).whole(OTHER)
+    assert Proxy(picker).ask(json.dumps({"prompt": list(b"[" + b"sea" * 40 + b"]")}).encode()) == first
+    assert picker.lifecycle.router.load(first)["queued_prefill_tokens"] == 122 - 112
+
+
+def test_a_long_text_is_tokenized_without_holding_up_others():
+    async def scenario():
+        picker = new_picker(prompts=PromptReader(16, tokenizer))
+        long = asyncio.ensure_future(picker.pick(json.dumps({"prompt": "sea" * 4000}).encode(), None))
+        while not asked:
+            await asyncio.sleep(0)
+        assert (await picker.pick(OTHER, None)).decision.columns.request.prompt_tokens == 540
+        assert not long.done()
+        may_end.set()
+        assert (await long).decision.columns.request.prompt_tokens == 12_000
+
+    def encode(text, *, whole):
+        if len(text) > 10_000:
+            asked.append(text)
+            assert may_end.wait(60)
+        return list(text.encode())
+
+    asked, may_end, tokenizer = [], threading.Event(), MadeTokenizer(encode)
+    asyncio.run(scenario())
 
 
 def test_tenants_with_different_salts_share_nothing():
@@ -437,9 +485,9 @@ def test_options_out_of_range_are_refused(options, message):
         new_picker(**options)
 
 
-def test_without_a_tokenizer_a_block_is_whole_tokens_long():
-    with pytest.raises(InvalidArgument, match="multiple of 4 characters without a tokenizer, got 6"):
-        EndpointPicker(Lifecycle(Router(block_size=6)), clock=lambda: 0.0)
+def test_router_and_prompts_have_one_block_size():
+    with pytest.raises(InvalidArgument, match="block_size must be that of prompts, 16, got 6"):
+        EndpointPicker(Lifecycle(Router(block_size=6)), prompts=PROMPTS, clock=lambda: 0.0)
 
 
 def test_without_a_tokenizer_a_token_id_counts_as_four_characters():

@@ -8,6 +8,7 @@ from fake_engine import FakeEngine, answers, dies, streams
 from gateway_harness import ASK, CHAT, Front, run
 from kv_publisher import Publisher, until
 from kv_wire import batch, removed, stored
+from made_tokenizer import MadeTokenizer
 
 from mulsched.gateway import EngineConfig, PromptReader
 from mulsched.mock_engine.engine import MockEngine
@@ -353,15 +354,17 @@ def test_kv_events_tell_what_an_engine_has_cached(auto):
         url = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
         given = ("auto",) if auto else (publisher.endpoint, publisher.replay_endpoint)
         engine = EngineConfig(url, *given)
-        async with Front((), engines=(engine,), prompts=PromptReader(16, encode)) as front:
-            ask = {"prompt": "x" * 16 * 4 * 5, "max_tokens": 1}
-            await front.post("/v1/completions", ask)
-            while front.gateway.lifecycle.router.index.blocks(engine.name) < 5:
-                await asyncio.sleep(0)
-            await front.post("/v1/completions", {"prompt": [int(encode("xxxx", whole=True)[0])] * 16 * 6})
-            assert [line["hit"] for line in front.requests_logged()] == [0, 16 * 5]
-            assert [line["reported_cached_tokens"] for line in front.requests_logged()] == [0, 16 * 5]
-        await server.stop()
+        try:
+            async with Front((), engines=(engine,), prompts=PromptReader(16, MadeTokenizer(encode))) as front:
+                ask = {"prompt": "x" * 16 * 4 * 5, "max_tokens": 1}
+                await front.post("/v1/completions", ask)
+                while front.gateway.lifecycle.router.index.blocks(engine.name) < 5:
+                    await asyncio.sleep(0)
+                await front.post("/v1/completions", {"prompt": [int(encode("xxxx", whole=True)[0])] * 16 * 6})
+                assert [line["hit"] for line in front.requests_logged()] == [0, 16 * 5]
+                assert [line["reported_cached_tokens"] for line in front.requests_logged()] == [0, 16 * 5]
+        finally:  # sockets that are left open hold up whoever collects them
+            await server.stop()
 
     async def guarded():
         async with asyncio.timeout(60):
@@ -375,7 +378,11 @@ def test_a_block_announced_twice_is_a_copy_for_vllm_alone(kv_format, left):
     async def scenario():
         async with FakeEngine(answers()) as fake, Publisher() as publisher:
             engine = EngineConfig(fake.url, publisher.endpoint, publisher.replay_endpoint)
-            options = {"engines": (engine,), "prompts": PromptReader(16, encode), "kv_format": kv_format}
+            options = {
+                "engines": (engine,),
+                "prompts": PromptReader(16, MadeTokenizer(encode)),
+                "kv_format": kv_format,
+            }
             async with Front((), **options) as front:
                 twice = stored([7], [1] * 16, block_size=16)
                 subscriber = front.gateway.fleet.subscribers[engine.name]
@@ -406,7 +413,7 @@ def test_an_engine_that_does_not_tell_of_its_events_is_routed_by_prediction_and_
         async with FakeEngine(answers()) as fake:
             fake.kv_event_sources = told
             engine = EngineConfig(fake.url, "auto")
-            async with Front((), engines=(engine,), prompts=PromptReader(16, encode)) as front:
+            async with Front((), engines=(engine,), prompts=PromptReader(16, MadeTokenizer(encode))) as front:
                 await front.post("/v1/completions", {"prompt": "x" * 16 * 4 * 5})
                 assert front.gateway.lifecycle.router.index.blocks(engine.name) > 0
                 [line] = [line for line in front.logged if line["event"] == "kv_events_unknown"]

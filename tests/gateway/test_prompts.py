@@ -4,11 +4,12 @@ import asyncio
 import json
 
 import pytest
+from made_tokenizer import MadeTokenizer
 
 from mulsched.block_keys import block_keys
+from mulsched.chat_template import ChatTemplate, load_chat_template
 from mulsched.errors import InvalidArgument
 from mulsched.gateway import PromptReader, load_tokenizer
-from mulsched.gateway.chat_template import ChatTemplate, load_chat_template
 from mulsched.lifecycle import Lifecycle
 from mulsched.router import Router
 from mulsched.types import Namespace
@@ -28,6 +29,9 @@ def letters(text, *, whole):
     return [0] * whole + [ord(letter) for letter in text]
 
 
+LETTERS = MadeTokenizer(letters)
+
+
 class Instance:
     """A router over one instance that remembers all, and decisions on bodies."""
 
@@ -40,9 +44,9 @@ class Instance:
     def send(self, body):
         """Return prompt and hit, and end the request."""
         self.n += 1
-        routed = asyncio.run(self.reader.read(body))
-        decision = routed(self.lifecycle, str(self.n), None, float(self.n))
-        self.lifecycle.finish(str(self.n), now=float(self.n))
+        keys, length = asyncio.run(self.reader.read(body))
+        decision = self.lifecycle.route_keys(keys, prompt_tokens=length, request_id=self.n, now=float(self.n))
+        self.lifecycle.finish(self.n, now=float(self.n))
         return decision.columns.request.prompt_tokens, decision.hit_tokens
 
 
@@ -59,34 +63,31 @@ def test_token_ids_count_in_the_same_unit():
 
 
 def test_with_a_tokenizer_everything_is_tokens():
-    instance = Instance(PromptReader(4, letters))
+    instance = Instance(PromptReader(4, LETTERS))
     assert instance.send({"prompt": "abcdefgh"}) == (9, 0)
     assert instance.send({"prompt": [0, *b"abcdefgh"]}) == (9, 8)
 
 
 def test_a_long_text_is_tokenized_alike():
-    instance = Instance(PromptReader(4, letters))
+    instance = Instance(PromptReader(4, LETTERS))
     text = "abcdefgh" * 1000
     assert instance.send({"prompt": text}) == (8001, 0)
     assert instance.send({"prompt": letters(text, whole=True)}) == (8001, 8000)
 
 
 def test_a_chat_is_what_the_template_makes_of_it():
-    instance = Instance(PromptReader(4, letters, ChatTemplate(TEMPLATE)))
+    instance = Instance(PromptReader(4, LETTERS, ChatTemplate(TEMPLATE)))
     text = "[user]a<b\n[assistant]"
     assert instance.send({"prompt": letters(text, whole=False)}) == (len(text), 0)
     assert instance.send(CHAT) == (len(text), len(text) // 4 * 4)
 
 
 def test_an_adapter_shares_no_cache_with_its_model():
-    reader = PromptReader(4, letters)
-    keys = [
-        asyncio.run(reader.read({"model": "m", "prompt": "abcd"}, adapter=adapter))
+    reader = PromptReader(4, LETTERS)
+    first, second, third = (
+        asyncio.run(reader.read({"model": "m", "prompt": "abcd"}, adapter=adapter)).keys
         for adapter in (False, True, False)
-    ]
-    instance = Instance(reader)
-    decisions = [key(instance.lifecycle, str(i), None, float(i)) for i, key in enumerate(keys)]
-    first, second, third = (decision.columns.request.keys for decision in decisions)
+    )
     assert first.tolist() == third.tolist() != second.tolist()
     assert (
         second.tolist() == block_keys(letters("abcd", whole=True), 4, namespace=Namespace(lora="m")).tolist()
@@ -141,7 +142,7 @@ def test_tools_and_arguments_reach_the_template():
 @pytest.mark.parametrize("role", ["bad", None])
 def test_a_chat_that_the_template_refuses_is_routed_by_load(role):
     template = TEMPLATE if role else "{{ 1 / 0 }}"
-    instance = Instance(PromptReader(4, letters, ChatTemplate(template)))
+    instance = Instance(PromptReader(4, LETTERS, ChatTemplate(template)))
     assert instance.send({"messages": [{"role": role or "user", "content": "secret"}]}) == (1, 0)
 
 
@@ -177,10 +178,10 @@ def test_a_tokenizer_is_a_file_or_lies_in_a_directory(tmp_path):
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for path in (tmp_path / "tokenizer.json", tmp_path):
-        assert load_tokenizer(str(path))("b a c", whole=True) == [6, 5, 7]
+        assert load_tokenizer(str(path)).encode("b a c").ids == [6, 5, 7]
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "no.json").write_text("{}")
-    with pytest.raises(InvalidArgument, match=r"no\.json is neither"):
+    with pytest.raises(InvalidArgument, match=r"no tokenizer in or under '.*no\.json'"):
         load_tokenizer(str(tmp_path / "no.json"))

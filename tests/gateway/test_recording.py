@@ -5,9 +5,10 @@ import json
 import pytest
 from fake_engine import answers, dies, streams
 from gateway_harness import ASK, CHAT, run
+from made_tokenizer import MadeTokenizer
 
 from mulsched.cli import main
-from mulsched.gateway.prompts import PromptReader
+from mulsched.prompt_reader import PromptReader
 from mulsched.record import Recorder
 from mulsched.replay import read_trace
 
@@ -97,7 +98,7 @@ def test_a_record_is_checked_in_tokens_whatever_the_gateway_counts(tmp_path, cap
             await front.post("/v1/completions", {"prompt": text(i % 2 * i)})
         await front.idle()
 
-    prompts = PromptReader(16, encode)
+    prompts = PromptReader(16, encode and MadeTokenizer(encode))
     path = tmp_path / "log"
     units = {"block_size": prompts.router_block_size, "units_per_token": prompts.units_per_token}
     with Recorder(path, **units) as recorder:

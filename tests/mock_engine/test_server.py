@@ -311,15 +311,14 @@ def test_events_come_from_where_the_server_says():
         source = sources["0"]
         assert source["endpoint"].startswith("tcp://127.0.0.1:")
         assert (source["publisher"], source["topic"]) == ("zmq", "")
-        context = zmq.asyncio.Context()
-        replay = context.socket(zmq.DEALER)
-        replay.connect(source["replay_endpoint"])
-        await replay.send_multipart([b"", bytes(8)])
-        events, numbers = [], []
-        while (message := await replay.recv_multipart())[3]:
-            numbers.append(int.from_bytes(message[2], "big"))
-            events += msgspec.msgpack.decode(message[3])[1]
-        context.destroy(linger=0)
+        with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as replay:
+            replay.setsockopt(zmq.LINGER, 0)
+            replay.connect(source["replay_endpoint"])
+            await replay.send_multipart([b"", bytes(8)])
+            events, numbers = [], []
+            while (message := await replay.recv_multipart())[3]:
+                numbers.append(int.from_bytes(message[2], "big"))
+                events += msgspec.msgpack.decode(message[3])[1]
         prompt = ByteTokenizer().chat([("user", HELLO[0]["content"])]).tolist()
         assert numbers == list(range(len(numbers)))
         assert (events[0]["type"], events[0]["token_ids"]) == ("BlockStored", prompt[:8])

@@ -1,5 +1,6 @@
 """Filters, scores, ties and the registry: what every policy is run by."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -133,6 +134,30 @@ def test_a_filter_must_return_a_mask(mask):
 def test_scores_must_be_finite_one_for_each(scores, error, message):
     with pytest.raises(error, match=message):
         select(Policy(name="p", score=lambda c: np.array(scores)), make_columns(running=[1, 2]), "first")
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "one score per candidate, shape (2,), got shape (): None"),
+        ({"i0": 1.0, "i1": 2.0}, "got shape (): {'i0': 1.0, 'i1': 2.0}"),
+        ([1.0], "got shape (1,): [1.0]"),
+        ([[1.0], [2.0, 3.0]], "got shape (): [[1.0], [2.0, 3.0]]"),
+        ([1.0, None], "must return numbers, got dtype object, the first is 1.0"),
+        (["1", "2"], "must return numbers, got dtype <U1, the first is '1'"),
+        ([True, False], "got dtype bool, the first is True"),
+        ([1j, 2], "got dtype complex128, the first is 1j"),
+        (np.array(["2026", "2027"], dtype="datetime64[Y]"), "got dtype datetime64[Y], the first is "),
+        (range(10**6), "got shape (1000000,): range(0, 1000000)"),
+    ],
+)
+def test_what_is_no_score_is_refused_with_its_value_and_nothing_is_booked(returned, message):
+    router = Router(policy=lambda c: returned)
+    for name in ("i0", "i1"):
+        router.add_instance(name, cache_blocks=10)
+    with pytest.raises((InvalidArgument, InvalidType), match=re.escape(message)):
+        router.route([1, 2, 3], request_id=1)
+    assert [router.load(name)["waiting"] for name in router.instances] == [0, 0]
 
 
 def test_the_message_names_the_instance_even_behind_a_filter():

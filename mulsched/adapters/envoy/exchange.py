@@ -69,20 +69,20 @@ class Exchange:
         self._pick: Pick | None = None
         self._stage = _Stage.ASKED
 
-    def answer(self, message: messages.ProcessingRequest) -> list[messages.ProcessingResponse]:
+    async def answer(self, message: messages.ProcessingRequest) -> list[messages.ProcessingResponse]:
         """Return the answers to a message, often one, in their order."""
         if message.HasField("protocol_config"):
             self._request_mode = message.protocol_config.request_body_mode
             self._response_mode = message.protocol_config.response_body_mode
         match message.WhichOneof("request"):
             case "request_headers":
-                return self._request_headers(message)
+                return await self._request_headers(message)
             case "request_body":
-                return self._request_body(message.request_body)
+                return await self._request_body(message.request_body)
             case "request_trailers":
                 trailers = messages.ProcessingResponse(request_trailers=messages.TrailersResponse())
                 held = self._pick is None and self._request_mode == _MODE.FULL_DUPLEX_STREAMED
-                return self._choose_for_body([trailers], end_of_stream=False) if held else [trailers]
+                return await self._choose_for_body([trailers], end_of_stream=False) if held else [trailers]
             case "response_headers":
                 self._response_headers(message)
                 return [messages.ProcessingResponse(response_headers=messages.HeadersResponse())]
@@ -102,19 +102,21 @@ class Exchange:
 
     # -- request -----------------------------------------------------------------------------------
 
-    def _request_headers(self, message: messages.ProcessingRequest) -> list[messages.ProcessingResponse]:
+    async def _request_headers(
+        self, message: messages.ProcessingRequest
+    ) -> list[messages.ProcessingResponse]:
         self._subset = _texts(message.metadata_context.filter_metadata, _SUBSET_NAMESPACE, _SUBSET)
         empty = message.request_headers.end_of_stream
         if empty or self._request_mode in (_MODE.NONE, _MODE.STREAMED, _MODE.GRPC):
             # an unread body is worth a booking
-            return self._choose(None if empty else b"", "request_headers")
+            return await self._choose(None if empty else b"", "request_headers")
         if self._request_mode == _MODE.FULL_DUPLEX_STREAMED:
             return []
         return [messages.ProcessingResponse(request_headers=messages.HeadersResponse())]
 
-    def _request_body(self, body: messages.HttpBody) -> list[messages.ProcessingResponse]:
+    async def _request_body(self, body: messages.HttpBody) -> list[messages.ProcessingResponse]:
         if self._request_mode in (_MODE.BUFFERED, _MODE.BUFFERED_PARTIAL):
-            return self._choose(body.body, "request_body")
+            return await self._choose(body.body, "request_body")
         if self._request_mode != _MODE.FULL_DUPLEX_STREAMED:
             return [messages.ProcessingResponse(request_body=messages.BodyResponse())]
         self._body.append(body.body)
@@ -122,13 +124,13 @@ class Exchange:
         if self._body_bytes > self._max_body_bytes:
             self._body.clear()
             return [_immediate(self._picker.refuse(413, f"the body exceeds {self._max_body_bytes} bytes"))]
-        return self._choose_for_body([], end_of_stream=True) if body.end_of_stream else []
+        return await self._choose_for_body([], end_of_stream=True) if body.end_of_stream else []
 
-    def _choose_for_body(
+    async def _choose_for_body(
         self, more: list[messages.ProcessingResponse], *, end_of_stream: bool
     ) -> list[messages.ProcessingResponse]:
         """Choose now that the body is whole; give it back after the headers."""
-        answers = self._choose(b"".join(self._body), "request_headers")
+        answers = await self._choose(b"".join(self._body), "request_headers")
         if self._pick is None:
             return answers
         last = len(self._body) - 1
@@ -138,11 +140,11 @@ class Exchange:
         self._body.clear()
         return answers + more
 
-    def _choose(self, body: bytes | None, phase: str) -> list[messages.ProcessingResponse]:
+    async def _choose(self, body: bytes | None, phase: str) -> list[messages.ProcessingResponse]:
         if body is not None and len(body) > self._max_body_bytes:
             return [_immediate(self._picker.refuse(413, f"the body exceeds {self._max_body_bytes} bytes"))]
         if self._pick is None:  # a proxy out of step must not book twice
-            chosen = self._picker.pick(body, self._subset)
+            chosen = await self._picker.pick(body, self._subset)
             if isinstance(chosen, Refusal):
                 return [_immediate(chosen)]
             self._pick = chosen

@@ -3,18 +3,16 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from mulsched.decision import Decision
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.lifecycle import Lifecycle
-from mulsched.openai_prompt import Prompt, parse_prompt
-from mulsched.prompt_routing import CHARACTERS_PER_TOKEN, NO_KEYS, reserve_prompt
-from mulsched.types import Namespace
+from mulsched.prompt_reader import PromptReader
+from mulsched.prompt_routing import UNREADABLE, PromptKeys
 
 __all__ = ["EndpointPicker", "Pick", "Refusal"]
 
@@ -39,10 +37,10 @@ class Refusal:
 class EndpointPicker:
     """Picks endpoints for OpenAI-style requests and books them; instances are named ``ip:port``.
 
-    ``clock``: seconds, such as ``time.monotonic``. ``encode``: text to token ids; without it prompts of text
-    are routed as text, the router's blocks are characters, and a token id counts for four of them.
-    ``fallbacks``: how many more endpoints to name, for proxies that try them in turn. ``max_in_flight``: how
-    many requests per endpoint, on average over all, are let in at once; None for no limit.
+    ``prompts``: reads them; the router's block size is its ``router_block_size``. ``clock``: seconds, such as
+    ``time.monotonic``. ``fallbacks``: how many more endpoints to name, for proxies that try them in turn.
+    ``max_in_flight``: how many requests per endpoint, on average over all, are let in at once; None for no
+    limit.
 
     A request without a prompt that is understood goes where the load is least: with a body it is booked as
     one token, without one (a list of models) not at all. Raises InvalidType, InvalidArgument.
@@ -52,16 +50,16 @@ class EndpointPicker:
         self,
         lifecycle: Lifecycle,
         *,
+        prompts: PromptReader,
         clock: Callable[[], float],
-        encode: Callable[[str], Sequence[int]] | None = None,
         fallbacks: int = 0,
         max_in_flight: int | None = None,
     ) -> None:
         if not isinstance(lifecycle, Lifecycle):
             raise InvalidType(f"lifecycle must be a Lifecycle, got {type(lifecycle).__name__}")
-        if encode is None and lifecycle.router.block_size % CHARACTERS_PER_TOKEN:
+        if lifecycle.router.block_size != prompts.router_block_size:
             raise InvalidArgument(
-                f"block_size must be a multiple of {CHARACTERS_PER_TOKEN} characters without a tokenizer, "
+                f"the router's block_size must be that of prompts, {prompts.router_block_size}, "
                 f"got {lifecycle.router.block_size}"
             )
         if fallbacks < 0:
@@ -73,16 +71,17 @@ class EndpointPicker:
         """Requests by what became of them: ``picked``, ``without_prompt``, ``moved``, ``finished``,
         ``cancelled``, and ``refused_STATUS``."""
         self._clock = clock
-        self._encode = encode
+        self._prompts = prompts
         self._fallbacks = fallbacks
         self._max_in_flight = max_in_flight
         self._request_ids = itertools.count()  # a client's own could be another's
 
-    def pick(self, body: bytes | None, subset: Iterable[str] | None) -> Pick | Refusal:
+    async def pick(self, body: bytes | None, subset: Iterable[str] | None) -> Pick | Refusal:
         """Choose for a request with this body, among ``subset`` (None for all), and book it.
 
         Of ``subset`` only known endpoints count.
         """
+        prompt = None if body is None else await self._read(body)
         router = self.lifecycle.router
         known = router.instances
         candidates = None if subset is None else tuple(set(subset).intersection(known))
@@ -90,22 +89,27 @@ class EndpointPicker:
             return self.refuse(503, "no endpoint is ready")
         if self._max_in_flight is not None and len(self.lifecycle) >= self._max_in_flight * len(known):
             return self.refuse(429, "too many requests are in flight")
-        if body is None:
-            return self._named(router.select_keys(NO_KEYS, prompt_tokens=1, candidates=candidates))
-        prompt = _prompt(body)
-        request_id = next(self._request_ids)
-        where: dict[str, Any] = {"request_id": request_id, "now": self._clock(), "candidates": candidates}
-        self.counts["picked"] += 1
         if prompt is None:
+            keys, length = UNREADABLE
+            return self._named(router.select_keys(keys, prompt_tokens=length, candidates=candidates))
+        request_id = next(self._request_ids)
+        decision = self.lifecycle.route_keys(
+            prompt.keys,
+            prompt_tokens=prompt.length,
+            request_id=request_id,
+            candidates=candidates,
+            now=self._clock(),
+        )
+        self.counts["picked"] += 1
+        if prompt is UNREADABLE:
             self.counts["without_prompt"] += 1
-        if prompt is None or self._encode is None:
-            decision = reserve_prompt(self.lifecycle, prompt, **where)
-        else:
-            # engines know the salt, but their events do not name the model that all of them serve
-            namespace = Namespace(cache_salt=prompt.cache_salt)
-            tokens = prompt.token_ids or self._encode(prompt.text or "") or [0]
-            decision = self.lifecycle.route(tokens, namespace=namespace, **where)
         return self._named(decision, request_id)
+
+    async def _read(self, body: bytes) -> PromptKeys:
+        try:
+            return await self._prompts.read(json.loads(body))
+        except (ValueError, RecursionError):  # neither JSON nor UTF-8
+            return UNREADABLE
 
     def _named(self, decision: Decision, request_id: Hashable = None) -> Pick:
         first = decision.instance
@@ -152,11 +156,3 @@ class EndpointPicker:
         if pick.request_id is not None:
             self.counts["cancelled"] += 1
             self.lifecycle.cancel(pick.request_id, now=self._clock())
-
-
-def _prompt(body: bytes) -> Prompt | None:
-    """Return the prompt of a body; None if it has none that is understood."""
-    try:
-        return parse_prompt(json.loads(body))
-    except (ValueError, TypeError, RecursionError):  # not JSON, not UTF-8, not an object, no prompt
-        return None

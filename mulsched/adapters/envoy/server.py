@@ -31,7 +31,7 @@ class _Processor:
         exchange = Exchange(self._picker, max_body_bytes=self._max_body_bytes)
         try:
             async for message in request_iterator:
-                for answer in exchange.answer(message):
+                for answer in await exchange.answer(message):
                     yield answer
         finally:
             exchange.close()

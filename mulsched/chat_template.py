@@ -12,7 +12,7 @@ try:
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 except ImportError as error:
-    raise MissingExtra("chat templates need jinja2: pip install 'mulsched[gateway]'") from error
+    raise MissingExtra("chat templates need jinja2: pip install 'mulsched[tokenizer]'") from error
 
 __all__ = ["ChatTemplate", "load_chat_template"]
 
