@@ -30,6 +30,7 @@ class FakeEngine:
         self.models = ["m"]
         self.metrics = b""
         self.kv_event_sources = None  # there is no such page
+        self.sources_asked = 0
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -60,7 +61,10 @@ class FakeEngine:
         if path == "/metrics":
             return write_whole(writer, self.metrics)
         if path == "/kv_event_sources":
+            self.sources_asked += 1
             told = self.kv_event_sources
+            if told == b"fails":
+                return write_whole(writer, b"", status=500)
             return write_whole(writer, told or b"", status=404 if told is None else 200)
         self.asked.append(asked)
         self.arrived.set()

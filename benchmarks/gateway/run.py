@@ -3,14 +3,18 @@
 ``python benchmarks/gateway/run.py [--peer PYTHON] [--turns N] [--requests N] [--connections N]``
 
 Engines that answer at once from memory (five pieces of a stream) and the load share core 1; the front has
-core 0. ``--peer``: a Python that has sglang-router, which then takes its turns too. Each turn measures
-latency with one connection, and the rate with many; the CPU time is the front's own, from /proc.
+core 0. ``--peer``: a Python that has sglang-router, vllm-router or both, which then take their turns too.
+Each turn measures latency with one connection, and the rate with many; the CPU time is the front's own, from
+/proc. It does so with a client as clients are, and with one that acknowledges every packet at once
+(TCP_QUICKACK): a front whose sockets hold small packets back until an acknowledgement waits for the first,
+40 ms on Linux, and not for the second.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +28,7 @@ PIECES = [PIECE, PIECE, PIECE, PIECE, b"data: [DONE]\n\n"]
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 ANSWER = HEAD + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in PIECES) + b"0\r\n\r\n"
 PORT, N_ENGINES = 18_200, 4
+FIRST = {"delayed": 500, "at once": 400_000}  # prompt for a client that acknowledges so
 
 
 class Engine(asyncio.Protocol):
@@ -71,22 +76,31 @@ def message(number):
     return f"{head}\r\n\r\n".encode() + data
 
 
-async def worker(port, numbers, latencies):
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for number in numbers:
-        started = time.perf_counter()
-        writer.write(message(number))
-        answer = await reader.readuntil(b"\r\n0\r\n\r\n")
-        latencies.append(time.perf_counter() - started)
-        assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
-        assert b"[DONE]" in answer
-    writer.close()
+async def worker(port, numbers, latencies, acks):
+    loop = asyncio.get_running_loop()
+    with socket.socket() as connection:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await loop.sock_connect(connection, ("127.0.0.1", port))
+        for number in numbers:
+            started = time.perf_counter()
+            await loop.sock_sendall(connection, message(number))
+            answer = b""
+            while not answer.endswith(b"\r\n0\r\n\r\n"):
+                if acks == "at once":  # it does not last: Linux falls back by itself
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+                piece = await loop.sock_recv(connection, 65_536)
+                assert piece, answer[:300]
+                answer += piece
+            latencies.append(time.perf_counter() - started)
+            assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
+            assert b"[DONE]" in answer
 
 
-async def load(port, first, n_requests, n_connections):
+async def load(port, first, n_requests, n_connections, acks):
     latencies, numbers = [], iter(range(first, first + n_requests))
     started = time.perf_counter()
-    await asyncio.gather(*(worker(port, numbers, latencies) for _ in range(n_connections)))
+    await asyncio.gather(*(worker(port, numbers, latencies, acks) for _ in range(n_connections)))
     return latencies, n_requests / (time.perf_counter() - started)
 
 
@@ -104,10 +118,15 @@ def commands(peer):
         "mulsched": ours,
         "mulsched, round_robin": [*ours[:-1], "--policy", "round_robin", "--port"],
     }
-    if peer:
+    for package in ("sglang_router", "vllm_router"):
+        if (
+            not peer
+            or subprocess.run([peer, "-c", f"import {package}"], stderr=subprocess.DEVNULL).returncode
+        ):
+            continue
         for policy in ("cache_aware", "round_robin"):
-            fronts[f"sglang-router, {policy}"] = [
-                *(peer, "-m", "sglang_router.launch_router", "--policy", policy, "--log-level", "error"),
+            fronts[f"{package.replace('_', '-')}, {policy}"] = [
+                *(peer, "-m", f"{package}.launch_router", "--policy", policy, "--log-level", "error"),
                 *("--prometheus-port", "18299", "--worker-urls", *urls, "--port"),
             ]  # fmt: skip
     return fronts
@@ -134,15 +153,19 @@ def turn(name, command, port, first, options):
         if front is not None:
             wait_for(f"http://127.0.0.1:{port}/{'healthz' if name.startswith('mulsched') else 'health'}")
             time.sleep(1)
-        asyncio.run(load(port, first, 500, 8))  # connections are made, code is warm
-        latencies, _ = asyncio.run(load(port, first + 500, 1000, 1))
-        before = cpu_s(front) if front else 0.0
-        _, rate = asyncio.run(load(port, first + 1500, options.requests, options.connections))
-        used = (cpu_s(front) - before) / options.requests if front else 0.0
+        asyncio.run(load(port, first, 500, 8, "delayed"))  # connections are made, code is warm
+        return {acks: measure(front, port, first + at, acks, options) for acks, at in FIRST.items()}
     finally:
         if front is not None:
             front.terminate()
             front.wait()
+
+
+def measure(front, port, first, acks, options):
+    latencies, _ = asyncio.run(load(port, first, 1000, 1, acks))
+    before = cpu_s(front) if front else 0.0
+    _, rate = asyncio.run(load(port, first + 1000, options.requests, options.connections, acks))
+    used = (cpu_s(front) - before) / options.requests if front else 0.0
     cut = statistics.quantiles(latencies, n=100)
     return {"p50_ms": 1e3 * cut[49], "p99_ms": 1e3 * cut[98], "rate_per_s": rate, "cpu_ms": 1e3 * used}
 
@@ -168,17 +191,18 @@ def main():
         for number in range(options.turns):
             for at, (name, command) in enumerate(commands(options.peer).items()):
                 port = PORT if command is None else PORT + 10 + at
-                found = turn(name, command, port, number * 1_000_000, options)
-                results.setdefault(name, []).append(found)
-                print(number, name, {key: round(value, 2) for key, value in found.items()}, flush=True)
+                for acks, found in turn(name, command, port, number * 1_000_000, options).items():
+                    results.setdefault((name, acks), []).append(found)
+                    print(number, name, acks, {key: round(found[key], 2) for key in found}, flush=True)
     finally:
         behind.terminate()
         behind.wait()
-    print("| front | p50 ms | p99 ms | requests/s | CPU ms a request |\n| --- | ---: | ---: | ---: | ---: |")
-    for name, found in results.items():
+    print("| front | ACKs | p50 ms | p99 ms | requests/s | CPU ms a request |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    for (name, acks), found in results.items():
         medians = {key: statistics.median(each[key] for each in found) for key in found[0]}
         row = "{p50_ms:.2f} | {p99_ms:.2f} | {rate_per_s:,.0f} | {cpu_ms:.2f}".format(**medians)
-        print(f"| {name} | {row} |")
+        print(f"| {name} | {acks} | {row} |")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from mulsched.commands._prompt_options import add_prompt_options, prompt_reader
+from mulsched.commands._tiers import add_tier_option, tier_cost_ratio
 from mulsched.errors import InvalidArgument
 from mulsched.lifecycle import Lifecycle
 from mulsched.prompt_reader import PromptReader
@@ -52,6 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--kv-format", default="vllm", choices=("vllm", "sglang"), help="whose KV events (default: vllm)"
     )
+    add_tier_option(parser)
     parser.add_argument(
         "--prefill-tokens-per-s", type=float, metavar="X", help="of an engine, for answers not streamed"
     )
@@ -110,7 +112,8 @@ async def _serve(options: argparse.Namespace) -> None:
 
 
 def _lifecycle(options: argparse.Namespace, prompts: PromptReader) -> Lifecycle:
-    router = Router(block_size=prompts.router_block_size, policy=options.policy)
+    tiers = tier_cost_ratio(options, events=options.kv_events)
+    router = Router(block_size=prompts.router_block_size, policy=options.policy, tier_cost_ratio=tiers)
     rate = options.prefill_tokens_per_s
     return Lifecycle(router, prefill_tokens_per_s=None if rate is None else rate * prompts.units_per_token)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mulsched.commands._prompt_options import add_prompt_options, prompt_reader
+from mulsched.commands._tiers import add_tier_option, tier_cost_ratio
 from mulsched.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _SECONDS = {
     "read-timeout": "an engine that sends nothing for so long has failed",
     "request-timeout": "for a request as a whole",
     "connect-timeout": "to connect to an engine",
-    "drain-timeout": "for requests under way when the gateway stops",
+    "drain-timeout": "for requests under way when the gateway stops, or at an engine that is removed",
     "health-period": "from one health check to the next",
     "health-timeout": "for a health check",
 }
@@ -52,7 +53,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080, metavar="N")
     parser.add_argument(
-        "--engine", action="append", required=True, metavar="URL", help="http://HOST:PORT; once for each"
+        "--engine", action="append", default=[], metavar="URL", help="http://HOST:PORT; once for each"
+    )
+    parser.add_argument(
+        "--engines-file",
+        metavar="FILE",
+        help="more engines, one a line: URL, and KV event and replay endpoints if any; read again on SIGHUP",
     )
     parser.add_argument(
         "--kv-events",
@@ -87,6 +93,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--prefill-tokens-per-s", type=float, metavar="X", help="of an engine, for answers not streamed"
     )
+    add_tier_option(parser)
     parser.add_argument(
         "--poll-load",
         dest="poll_load_s",
@@ -109,6 +116,14 @@ def add_parser(commands: Any) -> None:
         default=[],
         metavar="KEY",
         help="clients need one; @FILE reads it",
+    )
+    parser.add_argument(
+        "--admin-key",
+        dest="admin_keys",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="whoever has it may add and remove engines; @FILE reads it (default: nobody may)",
     )
     parser.add_argument("--engine-api-key", metavar="KEY", help="sent to engines; @FILE reads it")
     parser.add_argument(
@@ -162,7 +177,8 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
 
     nothing = [None] * len(options.engine)
     kv_events = options.kv_events
-    if kv_events == ["auto"]:
+    kv_events_auto = kv_events == ["auto"]
+    if kv_events_auto:
         kv_events = kv_events * len(options.engine)
     for name, sockets in (("--kv-events", kv_events), ("--kv-replay", options.kv_replay)):
         if len(sockets) not in (0, len(options.engine)):
@@ -180,7 +196,11 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
     if ranks > 1:
         engines = tuple(rank for engine in engines for rank in engine.ranks(ranks))
     given["engines"] = engines
+    given["kv_events_auto"] = kv_events_auto
+    events = bool(options.kv_events or options.engines_file or options.admin_keys)
+    given["tier_cost_ratio"] = tier_cost_ratio(options, events=events)
     given["api_keys"] = tuple(map(_secret, options.api_keys))
+    given["admin_keys"] = tuple(map(_secret, options.admin_keys))
     given["engine_api_key"] = _secret(options.engine_api_key)
     given["forward_headers"] = tuple(options.forward_headers)
     return GatewayConfig(**given)
@@ -209,7 +229,10 @@ async def _serve(gateway: "Gateway", options: argparse.Namespace) -> None:
         port = await gateway.start(options.host, options.port)
         # modules and classes stay; looking through them holds requests up for 40 ms each time
         gc.freeze()
-        print(f"http://{options.host}:{port}/v1 over {len(options.engine)} engines, page at /", flush=True)
+        if options.engines_file is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reread_engines)
+        addresses = {engine.config.address for engine in gateway.fleet.engines.values()}
+        print(f"http://{options.host}:{port}/v1 over {len(addresses)} engines, page at /", flush=True)
         await stopped.wait()
     finally:
         await gateway.stop()

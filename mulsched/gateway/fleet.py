@@ -1,71 +1,24 @@
-"""The engines behind a gateway: who is healthy, who is draining, and what each has done."""
+"""The engines behind a gateway: who is there, who is healthy, and who may be chosen."""
 
 import asyncio
-import contextlib
-import re
-from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
-from mulsched.errors import MissingExtra, UnknownInstance
-from mulsched.events import KV_DECODERS, KvEventSource, KvEventSubscriber, LoadPoller, discover_kv_events
-from mulsched.events._http import FAILURES
+from mulsched.errors import DuplicateInstance, MissingExtra
 from mulsched.gateway.config import EngineConfig, GatewayConfig
+from mulsched.gateway.engine import Engine, State
+from mulsched.gateway.listening import Listeners
 from mulsched.gateway.logs import Log
 from mulsched.gateway.models import Models, fetch_models
+from mulsched.gateway.tasks import end_task
 from mulsched.lifecycle import Lifecycle
 
 try:
     import aiohttp
-    from yarl import URL
 except ImportError as error:
     raise MissingExtra("the gateway needs aiohttp: pip install 'mulsched[gateway]'") from error
 
-__all__ = ["Engine", "Fleet", "State"]
-
-State = Literal["starting", "healthy", "ejected"]
-
-_DEFAULT_KV_TOKENS = 100_000
-_BLOCKS = re.compile(rb'^vllm:cache_config_info\{[^}\n]*?\bnum_gpu_blocks="(\d{1,9})"', re.MULTILINE)
-_BLOCK_SIZE = re.compile(rb'^vllm:cache_config_info\{[^}\n]*?\bblock_size="(\d{1,6})"', re.MULTILINE)
-_MAX_PAGE_BYTES = 4 * 2**20
-
-
-class Engine:
-    """One engine: its address, its state, and counts since the start."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.name = config.name
-        self.state: State = "starting"
-        self.draining = False
-        self.in_flight = 0
-        self.models: Models = {}
-        """What it serves, as it told last; empty until it does, and then it may serve anything."""
-        self.counts: Counter[str] = Counter()
-        """``requests`` sent, ``retries`` of them that came from another engine, ``failures``, ``ejections``;
-        ``prompt_tokens`` and ``hit_tokens`` as decisions expected them, ``reported_prompt_tokens`` and
-        ``reported_cached_tokens`` as answers told; ``load_headers``, ``malformed_load_headers``."""
-        self.statuses: Counter[int] = Counter()
-        self._failures = 0
-        self._successes = 0
-        self._urls: dict[str, URL] = {}
-
-    def url(self, path: str) -> URL:
-        """Return the address of one of the gateway's paths, of which there are few."""
-        if path not in self._urls:
-            self._urls[path] = URL(self.config.url.rstrip("/") + path)
-        return self._urls[path]
-
-    def judge(self, ok: bool, eject_after: int, readmit_after: int) -> State | None:
-        """Take the outcome of a check or a connection; return the new state if it changed."""
-        self._failures, self._successes = (0, self._successes + 1) if ok else (self._failures + 1, 0)
-        before = self.state
-        if ok and (before == "starting" or (before == "ejected" and self._successes >= readmit_after)):
-            self.state = "healthy"
-        elif not ok and before == "healthy" and self._failures >= eject_after:
-            self.state = "ejected"
-        return None if self.state == before else self.state
+__all__ = ["Fleet"]
 
 
 class Fleet:
@@ -80,7 +33,7 @@ class Fleet:
     def __init__(
         self, config: GatewayConfig, lifecycle: Lifecycle, session: aiohttp.ClientSession, log: Log
     ) -> None:
-        self.engines = {engine.name: Engine(engine) for engine in config.engines}
+        self.engines: dict[str, Engine] = {}
         self._config = config
         self._lifecycle = lifecycle
         self._session = session
@@ -90,12 +43,49 @@ class Fleet:
         self._serving: dict[str, tuple[str, ...]] = {}  # who is eligible for a model, of those listed
         self._others: tuple[str, ...] = ()  # and for a model that nobody lists
         self._adapters: frozenset[str] = frozenset()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watching: dict[str, asyncio.Task[None]] = {}
+        self._started = False
         self._admitting: set[str] = set()
-        self.subscribers: dict[str, KvEventSubscriber] = {}
-        """Of the engines that publish KV events and were healthy once."""
-        self.pollers: dict[str, LoadPoller] = {}
-        """Of the engines that were healthy once, if they are asked for their load."""
+        self.listeners = Listeners(config, lifecycle, session, log)
+        self.add(config.engines)
+
+    # -- who is there ------------------------------------------------------------------------------
+
+    def add(self, engines: Iterable[EngineConfig]) -> None:
+        """Add engines, all or none, which get requests once they pass a check.
+
+        Raises DuplicateInstance, InvalidArgument.
+        """
+        added: dict[str, Engine] = {}
+        for config in engines:
+            name = config.name
+            if name in self.engines or name in added:
+                removed = name in self.engines and self.engines[name].leaving
+                raise DuplicateInstance(
+                    f"an engine {name!r} is there already" + (", and being removed" if removed else "")
+                )
+            added[name] = Engine(config)
+        self.engines |= added
+        if self._started:
+            for engine in added.values():
+                self._watch(engine, at_once=True)
+
+    def leave(self, engine: Engine) -> None:
+        """Send an engine no further requests, since it is to be forgotten."""
+        engine.leaving = engine.draining = True
+        self._refresh()
+
+    async def forget(self, engine: Engine) -> None:
+        """Forget an engine with all that is known of it; what is still under way there is not booked."""
+        engine.gone = True
+        watching = self._watching.pop(engine.name, None)
+        if watching is not None:
+            await end_task(watching)
+        await self.listeners.forget(engine.name)
+        if engine.name in self._lifecycle.router.instances:
+            self._lifecycle.remove_instance(engine.name)
+        del self.engines[engine.name]
+        self._refresh()
 
     # -- who may be chosen -------------------------------------------------------------------------
 
@@ -124,16 +114,12 @@ class Fleet:
                 found.setdefault(name, model)
         return {"object": "list", "data": list(found.values())}
 
-    def drain(self, name: str, draining: bool) -> Engine:
-        """Send an engine no further requests, or again. Raises UnknownInstance."""
-        engine = self.engines.get(name)
-        if engine is None:
-            raise UnknownInstance(f"no engine {name!r}")
+    def drain(self, engine: Engine, draining: bool) -> None:
+        """Send an engine no further requests, or again."""
         if engine.draining != draining:
             engine.draining = draining
-            self._log("draining" if draining else "undrained", instance=name)
+            self._log("draining" if draining else "undrained", instance=engine.name)
             self._refresh()
-        return engine
 
     def _refresh(self) -> None:
         known = set(self._lifecycle.router.instances)
@@ -162,25 +148,28 @@ class Fleet:
     async def start(self) -> None:
         """Check every engine once, then go on in the background."""
         await self.check()
-        self._tasks += [
-            asyncio.create_task(self._watch(engine), name=f"health of {engine.name}")
-            for engine in self.engines.values()
-        ]
+        self._started = True
+        for engine in self.engines.values():
+            self._watch(engine, at_once=False)
 
     async def stop(self) -> None:
         """End the checks."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*map(end_task, self._watching.values()))
+        await self.listeners.stop()
 
     async def check(self) -> None:
         """Check every engine once, all at the same time."""
         await asyncio.gather(*(self._check(engine) for engine in self.engines.values()))
 
-    async def _watch(self, engine: Engine) -> None:
-        while True:
-            await asyncio.sleep(self._config.health_period_s)
-            await self._check(engine)
+    def _watch(self, engine: Engine, *, at_once: bool) -> None:
+        async def watch() -> None:
+            if at_once:
+                await self._check(engine)
+            while True:
+                await asyncio.sleep(self._config.health_period_s)
+                await self._check(engine)
+
+        self._watching[engine.name] = asyncio.create_task(watch(), name=f"health of {engine.name}")
 
     async def _check(self, engine: Engine) -> None:
         reason = "ok"
@@ -205,6 +194,8 @@ class Fleet:
         """Take note that an engine did not answer a request."""
         engine.counts["failures"] += 1
         self._log("engine_failure", instance=engine.name, reason=reason)
+        if engine.gone:  # another one may have its name
+            return
         if self._change(engine, False, reason) == "ejected":
             self._eject(engine)
 
@@ -214,12 +205,16 @@ class Fleet:
             engine.judge(True, self._config.eject_after, self._config.readmit_after)
 
     async def _judge(self, engine: Engine, ok: bool, reason: str) -> None:
+        if engine.gone:
+            return
         state = self._change(engine, ok, reason)
         if state == "ejected":
             self._eject(engine)
-        elif engine.state == "healthy" and engine.name not in self._lifecycle.router.instances:
-            await self._admit(engine)
-        elif state == "healthy":
+        elif ok and engine.state == "healthy":
+            if engine.name not in self._lifecycle.router.instances:
+                await self._admit(engine)
+            else:
+                await self.listeners.ask_again(engine, returned=state == "healthy")
             self._refresh()
 
     def _change(self, engine: Engine, ok: bool, reason: str) -> State | None:
@@ -230,7 +225,8 @@ class Fleet:
 
     def _eject(self, engine: Engine) -> None:
         engine.counts["ejections"] += 1
-        if engine.name not in self.subscribers and engine.name in self._lifecycle.router.instances:
+        listened_to = engine.name in self.listeners.subscribers
+        if not listened_to and engine.name in self._lifecycle.router.instances:
             self._lifecycle.remove_instance(engine.name)
         self._refresh()
 
@@ -239,76 +235,6 @@ class Fleet:
             return
         self._admitting.add(engine.name)
         try:
-            source = await self._kv_source(engine)
-            cache_blocks = None if source else await self._cache_blocks(engine)
-            if engine.state == "healthy":  # it may have been ejected meanwhile
-                self._lifecycle.router.add_instance(engine.name, cache_blocks=cache_blocks)
-                self._follow(engine, source)
+            await self.listeners.admit(engine)
         finally:
             self._admitting.discard(engine.name)
-        self._refresh()
-
-    async def _kv_source(self, engine: Engine) -> KvEventSource | None:
-        """Return where an engine publishes its KV events; None if its cache is to be predicted."""
-        config = engine.config
-        if config.kv_events is None:
-            return None
-        if config.kv_events != "auto":
-            return KvEventSource(config.rank or 0, config.kv_events, config.kv_replay, "")
-        try:
-            sources = await discover_kv_events(
-                config.url, timeout_s=self._config.health_timeout_s, session=self._session
-            )
-        except FAILURES as error:
-            self._log("kv_events_unknown", instance=engine.name, reason=type(error).__name__)
-            return None
-        own = [source for source in sources if config.rank in (None, source.rank)]
-        if len(own) != 1:
-            self._log("kv_events_unknown", instance=engine.name, reason=f"{len(own)} publishers")
-            return None
-        self._log("kv_events", instance=engine.name, endpoint=own[0].endpoint, replay=own[0].replay_endpoint)
-        return own[0]
-
-    def _follow(self, engine: Engine, source: KvEventSource | None) -> None:
-        """Begin to hear of an engine's cache and load, once; both go on while it is ejected."""
-        router, name, config = self._lifecycle.router, engine.name, engine.config
-        if source is not None and name not in self.subscribers:
-            subscriber = KvEventSubscriber(
-                router,
-                name,
-                source.endpoint,
-                replay_endpoint=source.replay_endpoint,
-                topic=source.topic,
-                decode=KV_DECODERS[self._config.kv_format],
-            )
-            self.subscribers[name] = subscriber
-            self._tasks.append(asyncio.create_task(subscriber.run(), name=f"KV events of {name}"))
-        period_s = self._config.poll_load_s
-        if period_s is not None and name not in self.pollers:
-            url = str(engine.url("/metrics"))
-            poller = LoadPoller(router, name, url, rank=config.rank, period_s=period_s, session=self._session)
-            self.pollers[name] = poller
-            self._tasks.append(asyncio.create_task(poller.run(), name=f"load of {name}"))
-
-    async def _cache_blocks(self, engine: Engine) -> int:
-        """Return how many of the gateway's blocks an engine's cache holds."""
-        tokens = self._config.kv_tokens
-        if tokens is None:
-            tokens = await self._told_kv_tokens(engine)
-            self._log("kv_tokens", instance=engine.name, kv_tokens=tokens, told=tokens is not None)
-        return max(1, (tokens or _DEFAULT_KV_TOKENS) // self._config.block_size)
-
-    async def _told_kv_tokens(self, engine: Engine) -> int | None:
-        page = b""
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
-            async with self._session.get(
-                engine.url("/metrics"), timeout=self._timeout, allow_redirects=False
-            ) as response:
-                async for piece in response.content.iter_any():
-                    page += piece
-                    if len(page) > _MAX_PAGE_BYTES:
-                        return None
-        blocks, size = _BLOCKS.search(page), _BLOCK_SIZE.search(page)
-        if blocks is None or size is None:
-            return None
-        return int(blocks[1]) * int(size[1]) or None

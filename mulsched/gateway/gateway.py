@@ -1,19 +1,20 @@
 """The gateway as a server: routes, keys, start and stop."""
 
 import asyncio
-import hmac
 import logging
 import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from urllib.parse import unquote
 
-from mulsched.errors import MissingExtra, UnknownInstance
+from mulsched.errors import InvalidArgument, MissingExtra
 from mulsched.gateway.config import GatewayConfig
 from mulsched.gateway.fleet import Fleet
+from mulsched.gateway.instances import INSTANCES, Instances
+from mulsched.gateway.keys import Keys
 from mulsched.gateway.logs import Log, no_log
+from mulsched.gateway.membership import Membership
 from mulsched.gateway.metrics import GatewayMetrics
-from mulsched.gateway.page import PAGE, PAGE_HEADERS, overview
+from mulsched.gateway.page import PAGE, PAGE_HEADERS
 from mulsched.gateway.proxy import Proxy
 from mulsched.gateway.records import Records
 from mulsched.gateway.replies import Refused, json_reply, refusal
@@ -24,7 +25,6 @@ from mulsched.router import Router
 
 try:
     import aiohttp
-    import msgspec
     from aiohttp import web
     from prometheus_client import CollectorRegistry
 except ImportError as error:
@@ -35,7 +35,6 @@ __all__ = ["Gateway"]
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 _PROXIED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
-_INSTANCES = "/instances/"
 # aiohttp's own messages quote the request.
 _SILENT = logging.Logger("mulsched.gateway", level=logging.CRITICAL + 1)
 # Connections to engines are kept for the next request, but not so long that engines close them: uvicorn,
@@ -67,20 +66,24 @@ class Gateway:
         self._prompts = prompts or PromptReader(config.block_size)
         rate = config.prefill_tokens_per_s
         self.lifecycle = Lifecycle(
-            Router(block_size=self._prompts.router_block_size, policy=config.policy, seed=config.seed),
+            Router(
+                block_size=self._prompts.router_block_size,
+                policy=config.policy,
+                seed=config.seed,
+                tier_cost_ratio=config.tier_cost_ratio,
+            ),
             prefill_tokens_per_s=None if rate is None else rate * self._prompts.units_per_token,
             expire_after_s=config.request_timeout_s + 60,
         )
-        self._keys = [key.encode() for key in config.api_keys]
-        self._routes: dict[str, tuple[str, Handler]] = {
-            **{path: ("POST", self._proxied(path)) for path in _PROXIED},
-            "/v1/models": ("GET", self._models),
-            "/healthz": ("GET", self._healthz),
-            "/metrics": ("GET", self._metrics_page),
-            "/instances": ("GET", self._instances),
-            "/": ("GET", self._page),
+        self._keys = Keys((*config.api_keys, *config.admin_keys) if config.api_keys else ())
+        self._routes: dict[str, dict[str, Handler]] = {
+            **{path: {"POST": self._proxied(path)} for path in _PROXIED},
+            "/v1/models": {"GET": self._models},
+            "/healthz": {"GET": self._healthz},
+            "/metrics": {"GET": self._metrics_page},
+            "/": {"GET": self._page},
         }
-        self._put: tuple[str, Handler] = ("PUT", self._put_instance)
+        self._below_instances: dict[str, Handler] = {}
         # a health check says nothing, and the page asks for the key itself
         self._open = {"/healthz", "/"}
         self._stack = AsyncExitStack()
@@ -90,7 +93,10 @@ class Gateway:
     # -- start and stop ----------------------------------------------------------------------------
 
     async def start(self, host: str, port: int) -> int:
-        """Check the engines and listen; return the port, a free one for 0. Raises OSError."""
+        """Check the engines and listen; return the port, a free one for 0.
+
+        Raises OSError, and InvalidArgument for the file of engines.
+        """
         config = self.config
         session = await self._stack.enter_async_context(
             aiohttp.ClientSession(
@@ -107,8 +113,16 @@ class Gateway:
         self.records = Records(self.fleet.engines, registry, self.log, self._recorder)
         self._metrics = GatewayMetrics(self.fleet, self.lifecycle, self.records, registry)
         self.proxy = Proxy(config, self.lifecycle, self.fleet, self._prompts, session, self.records)
+        tokenizes = self._prompts.units_per_token == 1
+        self.membership = Membership(config, self.fleet, self.log, tokenizes=tokenizes)
+        instances = Instances(config, self.fleet, self.membership, self.lifecycle, self.records)
+        self._routes[INSTANCES] = {"GET": instances.show, "POST": instances.add}
+        self._below_instances = {"PUT": instances.drain, "DELETE": instances.remove}
+        if config.engines_file is not None:
+            self.membership.read_file()
         await self.fleet.start()
         self._stack.push_async_callback(self.fleet.stop)
+        self._stack.push_async_callback(self.membership.stop)
         server = web.Server(
             self._handle,
             request_factory=self._request,
@@ -142,6 +156,13 @@ class Gateway:
         await self._stack.aclose()
         self.log("stopped")
 
+    def reread_engines(self) -> None:
+        """Read the file of engines again; if that fails, log it and change nothing."""
+        try:
+            self.membership.read_file()
+        except (OSError, InvalidArgument) as error:
+            self.log("engines_file_failed", error=str(error))
+
     def _request(
         self, message: object, payload: object, protocol: object, writer: object, task: object
     ) -> web.BaseRequest:
@@ -160,16 +181,18 @@ class Gateway:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.rel_url.raw_path
         try:
-            if path.startswith(_INSTANCES):
-                method, handler = self._put
+            if path.startswith(INSTANCES + "/"):
+                handlers = self._below_instances
             elif path in self._routes:
-                method, handler = self._routes[path]
+                handlers = self._routes[path]
             else:
                 raise Refused(404, "unknown_path", "there is no such path")
             if path not in self._open:
                 self._check_key(request)
-            if request.method != method and not (method == "GET" and request.method == "HEAD"):
-                raise Refused(405, "wrong_method", f"this path takes {method}", Allow=method)
+            handler = handlers.get("GET" if request.method == "HEAD" else request.method)
+            if handler is None:
+                methods = ", ".join(handlers)
+                raise Refused(405, "wrong_method", f"this path takes {methods}", Allow=methods)
             return await handler(request)
         except Refused as refused:
             if refused.status in (401, 429):
@@ -187,16 +210,7 @@ class Gateway:
             return refusal(Refused(500, "internal_error", "the gateway failed"))
 
     def _check_key(self, request: web.BaseRequest) -> None:
-        """Raise Refused unless the request has one of the keys, in a time that tells nothing of them."""
-        if not self._keys:
-            return
-        given = request.headers.get("Authorization", "")
-        scheme, _, key = given.partition(" ")
-        sent = key.strip().encode("utf-8", "surrogateescape")
-        known = False
-        for own in self._keys:
-            known |= hmac.compare_digest(sent, own)
-        if not known or scheme.lower() != "bearer":
+        if self._keys and not self._keys.opened_by(request):
             raise Refused(401, "invalid_api_key", "a valid API key is needed", WWW_Authenticate="Bearer")
 
     def _proxied(self, path: str) -> Handler:
@@ -218,28 +232,6 @@ class Gateway:
     async def _metrics_page(self, request: web.BaseRequest) -> web.StreamResponse:
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return web.Response(body=self._metrics.page(), headers={"Content-Type": kind})
-
-    async def _instances(self, request: web.BaseRequest) -> web.StreamResponse:
-        now = asyncio.get_running_loop().time()
-        self.lifecycle.advance(now)
-        return json_reply(overview(self.config, self.fleet, self.lifecycle, self.records, now))
-
-    async def _put_instance(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Drain an engine or take it back: ``PUT /instances/NAME`` with ``{"draining": true}``.
-
-        A page of another origin cannot send a PUT without asking first, which nobody here answers.
-        """
-        name = unquote(request.rel_url.raw_path.removeprefix(_INSTANCES))
-        try:
-            body = msgspec.json.decode(await request.read(), type=dict[str, bool])
-            draining = body["draining"]
-        except (msgspec.DecodeError, KeyError):
-            raise Refused(400, "invalid_json", 'a body such as {"draining": true} expected') from None
-        try:
-            engine = self.fleet.drain(name, draining)
-        except UnknownInstance:
-            raise Refused(404, "unknown_instance", "there is no such instance") from None
-        return json_reply({"instance": engine.name, "draining": engine.draining})
 
     async def _page(self, request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(body=PAGE, headers=PAGE_HEADERS)

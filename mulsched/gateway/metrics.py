@@ -77,7 +77,7 @@ class GatewayMetrics:
         events = CounterMetricFamily(
             "mulsched_kv_events", "What KV events told, and what was odd.", labels=["instance", "kind"]
         )
-        for name, subscriber in self._fleet.subscribers.items():
+        for name, subscriber in self._fleet.listeners.subscribers.items():
             for kind, count in (subscriber.counts + subscriber.tracker.counts).items():
                 events.add_metric([name, kind], count)
         yield events

@@ -6,7 +6,8 @@ from typing import Any
 
 from mulsched.decision import Decision
 from mulsched.gateway.config import GatewayConfig
-from mulsched.gateway.fleet import Engine, Fleet
+from mulsched.gateway.engine import Engine
+from mulsched.gateway.fleet import Fleet
 from mulsched.gateway.records import Records
 from mulsched.indicators import COLUMNS
 from mulsched.lifecycle import Lifecycle
@@ -52,6 +53,7 @@ def _instance(engine: Engine, eligible: bool) -> dict[str, Any]:
         "instance": engine.name,
         "state": engine.state,
         "draining": engine.draining,
+        "leaving": engine.leaving,
         "eligible": eligible,
         "in_flight": engine.in_flight,
         "requests": counts["requests"],
@@ -65,7 +67,7 @@ def _instance(engine: Engine, eligible: bool) -> dict[str, Any]:
 
 def _kv_events(fleet: Fleet, name: str) -> dict[str, Any] | None:
     """Return what is known of an engine's cache and the number of the message to apply next."""
-    subscriber = fleet.subscribers.get(name)
+    subscriber = fleet.listeners.subscribers.get(name)
     if subscriber is None:
         return None
     return {"state": subscriber.state, "next_sequence": subscriber.tracker.next_sequence}
@@ -83,6 +85,7 @@ def _decision(request_id: str, decision: Decision, age_s: float) -> dict[str, An
         "instance": decision.instance,
         "prompt": columns.request.prompt_tokens,
         "hit": decision.hit_tokens,
+        "lower_tier": decision.lower_tier_tokens,
         "alarm": None if decision.alarm is None else str(decision.alarm),
         "candidates": [
             {
@@ -114,7 +117,7 @@ def _alarms(config: GatewayConfig, fleet: Fleet, lifecycle: Lifecycle) -> list[d
         alarms += [{"kind": "prefix", "instance": "", "message": str(alarm)} for alarm in detector.alarms()]
     alarms += [
         {"kind": "kv_events", "instance": name, "message": f"what it has cached is {subscriber.state}"}
-        for name, subscriber in fleet.subscribers.items()
+        for name, subscriber in fleet.listeners.subscribers.items()
         if subscriber.state != "known"
     ]
     return alarms

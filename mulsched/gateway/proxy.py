@@ -11,7 +11,8 @@ from mulsched.errors import InvalidEvents, MissingExtra, UnknownInstance
 from mulsched.events.load_header import LOAD_FORMAT_HEADER, LOAD_HEADER, read_load_header
 from mulsched.gateway.answers import AnswerWatch
 from mulsched.gateway.config import GatewayConfig
-from mulsched.gateway.fleet import Engine, Fleet
+from mulsched.gateway.engine import Engine
+from mulsched.gateway.fleet import Fleet
 from mulsched.gateway.records import Records
 from mulsched.gateway.replies import Refused, error_body, refusal
 from mulsched.lifecycle import Lifecycle
@@ -152,6 +153,7 @@ class Proxy:
                 self._records.finished(exchange.request_id, exchange.output_tokens, now)
             else:
                 self._lifecycle.cancel(exchange.request_id, now=now)
+                self._records.cancelled(exchange.request_id, exchange.output_tokens, now)
         self._records.ended(
             path=exchange.path,
             request_id=exchange.shown_id,
@@ -221,15 +223,18 @@ class Proxy:
                 )
             raise Refused(503, "no_engine", "no engine is ready")
         everyone = len(names) == len(self._lifecycle.router.instances)
+        now = self._clock()
         # while a failed attempt still counts as load where it was; then it is taken off
         exchange.decision = self._lifecycle.route_keys(
             prompt.keys,
             prompt_tokens=prompt.length,
             request_id=exchange.request_id,
             candidates=None if everyone else names,
-            now=self._clock(),
+            now=now,
         )
-        self._records.decided(exchange.request_id, exchange.shown_id, exchange.decision, self._clock())
+        if exchange.tried:
+            self._records.cancelled(exchange.request_id, None, now)
+        self._records.decided(exchange.request_id, exchange.shown_id, exchange.decision, now)
         engine = self._fleet.engines[exchange.decision.instance]
         if exchange.tried:
             engine.counts["retries"] += 1
@@ -253,8 +258,7 @@ class Proxy:
     # -- the way back ------------------------------------------------------------------------------
 
     async def _attempt(self, exchange: _Exchange, engine: Engine) -> web.StreamResponse:
-        engine.in_flight += 1
-        engine.counts["requests"] += 1
+        engine.begin()
         answer: aiohttp.ClientResponse | None = None
         try:
             try:
@@ -273,7 +277,7 @@ class Proxy:
                 self._heed_load(engine, answer.headers.getall(LOAD_HEADER, ()))
             return await self._relay(exchange, engine, answer, first)
         finally:
-            engine.in_flight -= 1
+            engine.end()
             if answer is not None:
                 answer.close()  # and the connection, unless all was read: the engine then aborts
 
@@ -289,8 +293,8 @@ class Proxy:
         engine.statuses[answer.status] += 1
         if answer.status in _ELSEWHERE:
             self._fleet.failed(engine, f"status {answer.status}")
-            others = len(self._fleet.eligible(model=exchange.model)) > 1
-            if others and len(exchange.tried) < self._config.max_attempts:
+            others = self._fleet.eligible(model=exchange.model)
+            if others not in ((), (engine.name,)) and len(exchange.tried) < self._config.max_attempts:
                 raise _Failed(f"status {answer.status}", status=answer.status)
         elif answer.status < 300 or answer.status >= 400:
             self._fleet.answered(engine)
@@ -299,7 +303,7 @@ class Proxy:
 
     def _heed_load(self, engine: Engine, told: Sequence[str]) -> None:
         """Report the load that an answer tells of its engine; what is odd is counted and changes nothing."""
-        if not told:
+        if not told or engine.gone:
             return
         router = self._lifecycle.router
         try:

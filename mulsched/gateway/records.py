@@ -6,7 +6,7 @@ from typing import Any
 
 from mulsched.decision import Decision
 from mulsched.errors import MissingExtra
-from mulsched.gateway.fleet import Engine
+from mulsched.gateway.engine import Engine
 from mulsched.gateway.logs import Log
 from mulsched.record import Recorder
 
@@ -68,9 +68,14 @@ class Records:
             self._record(self._recorder.first_token, booking_id, now=now)
 
     def finished(self, booking_id: str, output_tokens: int | None, now: float) -> None:
-        """Record the end of a whole answer; of others none is recorded."""
+        """Record the end of a whole answer."""
         if self._recorder is not None:
             self._record(self._recorder.finished, booking_id, now=now, output_tokens=output_tokens)
+
+    def cancelled(self, booking_id: str, output_tokens: int | None, now: float) -> None:
+        """Record that a request failed, was given up, or is about to be tried elsewhere."""
+        if self._recorder is not None:
+            self._record(self._recorder.cancelled, booking_id, now=now, output_tokens=output_tokens)
 
     def _record(self, write: Callable[..., None], *given: Any, **fields: Any) -> None:
         try:

@@ -1,6 +1,5 @@
 """Answers of the gateway's own: JSON, and errors in the shape that OpenAI's clients read."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from mulsched.errors import MissingExtra
@@ -51,7 +50,8 @@ def refusal(refused: Refused) -> web.Response:
     return web.Response(body=body, status=refused.status, headers=headers, content_type="application/json")
 
 
-def json_reply(value: Any, headers: Mapping[str, str] | None = None) -> web.Response:
+def json_reply(value: Any, *, status: int = 200) -> web.Response:
     """Return a value as JSON, not to be kept."""
-    headers = {"Cache-Control": "no-store", **(headers or {})}
-    return web.Response(body=msgspec.json.encode(value), headers=headers, content_type="application/json")
+    headers = {"Cache-Control": "no-store"}
+    body = msgspec.json.encode(value)
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")

@@ -1,5 +1,6 @@
 """``mulsched endpoint-picker``, as it is started."""
 
+import argparse
 import asyncio
 import json
 import re
@@ -19,10 +20,12 @@ from mulsched import Lifecycle, Router
 from mulsched.adapters.envoy import Fleet
 from mulsched.adapters.envoy.watches import kv_events_of, metrics_of
 from mulsched.cli import main
+from mulsched.commands import endpoint_picker
 from mulsched.mock_engine.engine import MockEngine
 from mulsched.mock_engine.kv_events import KvEventPublisher
 from mulsched.mock_engine.server import MockServer
 from mulsched.mock_engine.tokenizer import ByteTokenizer
+from mulsched.prompt_reader import PromptReader
 from mulsched.replay.profile import Profile
 
 
@@ -64,6 +67,7 @@ def test_the_command_picks_until_it_is_stopped(options):
         (["--engine", "10.0.0.1:1", "--engine", "10.0.0.1:1"], "there already"),
         (["--service", "gpus"], "--service must be NAME:PORT, got 'gpus'"),
         (["--engine", "10.0.0.1:1", "--kv-events"], "--kv-events goes with --tokenizer"),
+        (["--engine", "10.0.0.1:1", "--tier-cost-ratio", "CPU=0"], "--tier-cost-ratio goes with --kv-events"),
         (["--engine", "10.0.0.1:1", "--block-size", "0"], "--block-size must be at least 1, got 0"),
         (["--engine", "10.0.0.1:1", "--metrics-poll", "0"], "the period of polls must be above 0, got 0.0"),
         (["--engine", "10.0.0.1:1", "--tokenizer", "/none"], "no tokenizer in or under '/none'"),
@@ -72,6 +76,15 @@ def test_the_command_picks_until_it_is_stopped(options):
 def test_bad_options_are_refused_in_a_line(options, message, capsys):
     assert main(["endpoint-picker", "--port", "0", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_router_is_told_what_tiers_cost():
+    parser = argparse.ArgumentParser()
+    endpoint_picker.add_parser(parser.add_subparsers())
+    given = ("--engine", "10.0.0.1:1", "--kv-events", "--tier-cost-ratio", "CPU=0.1")
+    options = parser.parse_args(["endpoint-picker", *given])
+    lifecycle = endpoint_picker._lifecycle(options, PromptReader(16))
+    assert lifecycle.router.media == ("GPU", "CPU")
 
 
 def test_an_endpoint_is_watched_by_its_metrics_and_its_events():

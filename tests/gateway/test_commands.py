@@ -1,11 +1,15 @@
 """The commands as a user runs them."""
 
+import contextlib
+import json
 import re
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
+import pytest
 from bounded import killed_after
 
 from mulsched.cli import main
@@ -40,3 +44,55 @@ def test_the_gateway_runs_logs_records_and_stops_on_sigterm(tmp_path):
     assert '"event":"listening"' in log
     assert '"event":"stopped"' in log
     assert '"block_size":64,"units_per_token":4' in (tmp_path / "record.jsonl").read_text()
+
+
+@contextlib.contextmanager
+def started(*arguments):
+    command = [sys.executable, "-m", "mulsched", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with killed_after(60, process):
+        try:
+            yield process, re.search(r"http://[\d.:]+", process.stdout.readline())[0]
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def heard(process, wanted):
+    """Read the log until all events, of an engine each, were there."""
+    for line in process.stderr:
+        told = json.loads(line)
+        for address in (told.get("instance"), *told.get("instances", ())):
+            wanted.discard((told["event"], address))
+        if not wanted:
+            return
+    raise AssertionError(f"the log ends without {wanted}")
+
+
+def answered(url):
+    body = json.dumps({"model": "mock", "prompt": "hello", "max_tokens": 3}).encode()
+    with urllib.request.urlopen(urllib.request.Request(url + "/v1/completions", body), timeout=30) as answer:
+        return answer.status
+
+
+def test_engines_that_are_processes_come_and_go_on_sighup(tmp_path):
+    path = tmp_path / "engines"
+    path.write_text("# none yet\n")
+    engine = ("mock-engine", "--port", "0", "--speed", "1000")
+    gateway = ("serve", "--port", "0", "--engines-file", str(path))
+    with started(*engine) as (_, first), started(*engine) as (_, second), started(*gateway) as (process, url):
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            answered(url)
+        one, other = (engine.removeprefix("http://") for engine in (first, second))
+        path.write_text(first)
+        process.send_signal(signal.SIGHUP)
+        heard(process, {("engine_added", one), ("kv_tokens", one)})  # the last before it gets requests
+        assert answered(url) == 200
+        path.write_text(second)
+        process.send_signal(signal.SIGHUP)
+        heard(process, {("engine_added", other), ("kv_tokens", other), ("engine_removed", one)})
+        assert answered(url) == 200
+        with urllib.request.urlopen(f"{url}/instances", timeout=30) as answer:
+            shown = json.loads(answer.read())
+        assert [each["instance"] for each in shown["instances"]] == [other]
+        assert [each["instance"] for each in shown["decisions"]] == [other, one]

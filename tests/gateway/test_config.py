@@ -23,6 +23,8 @@ ENGINE = EngineConfig("http://gpu-0:8000")
         "http://u:p@h",
         "http://h/?a=b",
         "http://h/#a",
+        "http://h:1\n",
+        "http://h:1/a b",
     ],
 )
 def test_an_engine_is_a_url_and_nothing_else(url):
@@ -30,7 +32,9 @@ def test_an_engine_is_a_url_and_nothing_else(url):
         EngineConfig(url)
 
 
-@pytest.mark.parametrize("endpoint", ["5557", "tcp://h", "http://h:1", "tcp://h:x"])
+@pytest.mark.parametrize(
+    "endpoint", ["5557", "tcp://h", "http://h:1", "tcp://h:x", "tcp://h:0", "tcp://h:65536"]
+)
 def test_events_come_from_an_endpoint(endpoint):
     with pytest.raises(InvalidArgument, match="endpoint"):
         EngineConfig("http://h:1", endpoint)
@@ -44,6 +48,11 @@ def test_an_instance_has_the_name_of_its_address():
     ("setting", "error"),
     [
         ({"engines": ()}, InvalidArgument),
+        ({"engines": ("http://gpu-0:8000",)}, InvalidType),
+        ({"admin_keys": ("",)}, InvalidArgument),
+        ({"admin_keys": ("a",), "api_keys": ("a",)}, InvalidArgument),
+        ({"data_parallel_size": 0}, InvalidArgument),
+        ({"tier_cost_ratio": {"CPU": 2.0}}, InvalidArgument),
         ({"engines": (ENGINE, EngineConfig("https://gpu-0:8000"))}, InvalidArgument),
         ({"max_in_flight": 0}, InvalidArgument),
         ({"max_in_flight": 1.5}, InvalidType),
@@ -67,6 +76,11 @@ def test_a_setting_that_cannot_work_is_refused(setting, error):
         GatewayConfig(**{"engines": (ENGINE,)} | setting)
 
 
+@pytest.mark.parametrize("setting", [{"admin_keys": ("a",)}, {"engines_file": "engines"}])
+def test_engines_may_come_later(setting):
+    assert GatewayConfig(**setting).engines == ()
+
+
 def options(*arguments):
     import argparse
 
@@ -78,6 +92,8 @@ def options(*arguments):
 def test_the_command_passes_on_what_it_is_given(tmp_path):
     key = tmp_path / "key"
     key.write_text("from-a-file\n")
+    admin = tmp_path / "admin"
+    admin.write_text("of-the-admin\n")
     config = serve._config(
         options(
             *(
@@ -91,7 +107,8 @@ def test_the_command_passes_on_what_it_is_given(tmp_path):
                 "k",
             ),
             *("--api-key", f"@{key}", "--engine-api-key", "e", "--forward-header", "X-Tenant"),
-            *("--kv-format", "sglang", "--load-headers"),
+            *("--kv-format", "sglang", "--load-headers", "--admin-key", f"@{admin}", "--engines-file", "f"),
+            *("--tier-cost-ratio", "DISK=0.5", "--tier-cost-ratio", "CPU=0.1"),
             *("--read-timeout", "5", "--max-in-flight", "7", "--kv-tokens", "1000"),
         )
     )
@@ -100,6 +117,9 @@ def test_the_command_passes_on_what_it_is_given(tmp_path):
         policy="round_robin",
         kv_format="sglang",
         load_headers=True,
+        engines_file="f",
+        admin_keys=("of-the-admin",),
+        tier_cost_ratio={"CPU": 0.1, "DISK": 0.5},
         api_keys=("k", "from-a-file"),
         engine_api_key="e",
         forward_headers=("X-Tenant",),
@@ -120,6 +140,7 @@ def test_each_engine_and_rank_may_be_asked_for_its_events():
     for ranks in (1, 2):
         config = serve._config(options(*two, "--data-parallel-size", str(ranks)))
         assert [engine.kv_events for engine in config.engines] == ["auto"] * 2 * ranks
+        assert (config.kv_events_auto, config.data_parallel_size) == (True, ranks)
 
 
 def test_each_rank_is_an_instance_with_ports_of_its_own():
@@ -136,6 +157,24 @@ def test_each_rank_is_an_instance_with_ports_of_its_own():
     ("arguments", "message"),
     [
         (["--engine", "gpu"], "an engine must be a URL"),
+        ([], "a gateway needs an engine, a file of engines, or an admin key"),
+        (["--engines-file", "/nowhere"], "No such file"),
+        (["--admin-key", "a", "--api-key", "a"], "an admin key must be another"),
+        (
+            ["--engine", "http://a:1", "--tier-cost-ratio", "CPU=0.1"],
+            "--tier-cost-ratio goes with --kv-events",
+        ),
+        (["--admin-key", "a", "--tier-cost-ratio", "CPU"], "must be MEDIUM=RATIO, got 'CPU'"),
+        (["--admin-key", "a", "--tier-cost-ratio", "CPU=x"], "must be MEDIUM=RATIO, got 'CPU=x'"),
+        (
+            ["--admin-key", "a", "--tier-cost-ratio", "CPU=2"],
+            "the cost ratio of CPU must lie in 0..1, got 2.0",
+        ),
+        (["--admin-key", "a", "--tier-cost-ratio", "gpu=0"], "another than GPU, in capitals, got 'gpu'"),
+        (
+            ["--admin-key", "a", *("--tier-cost-ratio", "CPU=0") * 2],
+            "goes once with each medium, got CPU twice",
+        ),
         (
             ["--engine", "http://a:1", "--engine", "http://b:1", "--kv-events", "tcp://a:5"],
             "--kv-events goes with",

@@ -294,7 +294,8 @@ def test_a_client_that_may_not_send_its_body_is_told_at_once(lines, status):
         ("POST //v1/chat/completions HTTP/1.1", 404),
         ("POST /tokenize HTTP/1.1", 404),
         ("POST /reset_prefix_cache HTTP/1.1", 404),
-        ("DELETE /instances/x HTTP/1.1", 405),
+        ("DELETE /instances/x HTTP/1.1", 403),
+        ("DELETE /instances HTTP/1.1", 405),
     ],
 )
 def test_only_known_paths_and_methods_are_served(line, status):

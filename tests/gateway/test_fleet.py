@@ -264,7 +264,7 @@ def test_a_request_names_the_rank_it_is_for():
 
 def test_load_from_elsewhere_counts_where_engines_are_polled():
     async def scenario(front):
-        pollers = front.gateway.fleet.pollers
+        pollers = front.gateway.fleet.listeners.pollers
         while not all(poller.load for poller in pollers.values()):
             await asyncio.sleep(0)
         assert len(pollers) == 2
@@ -385,7 +385,7 @@ def test_a_block_announced_twice_is_a_copy_for_vllm_alone(kv_format, left):
             }
             async with Front((), **options) as front:
                 twice = stored([7], [1] * 16, block_size=16)
-                subscriber = front.gateway.fleet.subscribers[engine.name]
+                subscriber = front.gateway.fleet.listeners.subscribers[engine.name]
                 await until(lambda: subscriber.state == "known")
                 await publisher.subscribed()
                 await publisher.publish(batch(twice, twice, removed([7])))

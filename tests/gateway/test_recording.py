@@ -49,7 +49,7 @@ def test_a_record_has_the_gateways_ids_and_not_the_clients(tmp_path):
     assert "mine" not in path.read_text()
 
 
-def test_a_retry_is_another_decision_and_what_failed_has_no_end(tmp_path):
+def test_what_failed_is_cancelled_before_its_retry_and_where_there_is_none(tmp_path):
     async def scenario(front):
         await front.post()
         front.engines[1].answer = dies
@@ -58,10 +58,11 @@ def test_a_retry_is_another_decision_and_what_failed_has_no_end(tmp_path):
     path = tmp_path / "log"
     with Recorder(path, block_size=64) as recorder:
         run(scenario, dies, answers(), recorder=recorder)
-    events = [line["event"] for line in recorded(path)]
-    assert events[:2] == ["dispatched"] * 2
-    assert events.count("finished") == 1
-    assert events[-1] == "dispatched"
+    events = [(line["event"], line["id"]) for line in recorded(path)]
+    failed = ["dispatched", "cancelled"]
+    expected = [("id-1", [*failed, "dispatched", "finished"]), ("id-2", failed * 3)]
+    assert events == [(event, id_) for id_, told in expected for event in told]
+    assert len(read_trace(path)) == 1
 
 
 def test_a_record_that_cannot_be_written_ends_and_the_gateway_goes_on(tmp_path):
