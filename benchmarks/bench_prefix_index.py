@@ -46,9 +46,7 @@ def bench_match(benchmark, big_index, kind):
     describe(benchmark, index)
 
 
-@pytest.mark.benchmark(group="store and memory, events of 64 blocks with engine hashes")
-def bench_store_events(benchmark, backend, quick):
-    events = 50 if quick else 2000 if backend == "native" else 400
+def store_events(benchmark, events, rounds):
     rng = np.random.default_rng(3)
     keys = rng.integers(0, 2**64, (events, BATCH), dtype=np.uint64)
     hashes = rng.integers(0, 2**64, (events, BATCH), dtype=np.uint64)
@@ -66,10 +64,20 @@ def bench_store_events(benchmark, backend, quick):
             parent = hashes[i - 1, -1] if i % 8 else None
             index.store("a", keys[i], parent=parent, engine_hashes=hashes[i])
 
-    benchmark.pedantic(store, setup=fresh, rounds=1 if quick else 7)
+    benchmark.pedantic(store, setup=fresh, rounds=rounds)
     assert made[0].blocks("a") == events * BATCH
     describe(benchmark, made[0])
     benchmark.extra_info["blocks_per_round"] = events * BATCH
+
+
+@pytest.mark.benchmark(group="store and memory, events of 64 blocks with engine hashes")
+def bench_store_events(benchmark, backend, quick):
+    store_events(benchmark, 50 if quick else 2000 if backend == "native" else 400, 1 if quick else 7)
+
+
+@pytest.mark.benchmark(group="store and memory, a million blocks in events of 64 with engine hashes")
+def bench_store_a_million_blocks(benchmark, quick):
+    store_events(benchmark, 50 if quick else 16_000, 1 if quick else 7)
 
 
 @pytest.mark.benchmark(group="store, a predicted path of 512 blocks, LRU full")

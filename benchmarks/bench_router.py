@@ -53,9 +53,18 @@ def bench_route(benchmark, policy, quick):
 
 @pytest.mark.benchmark(group="select, 8,192 tokens x 64 instances")
 @pytest.mark.parametrize("policy", ["lmetric", composed], ids=["fused", "numpy score"])
-def bench_select(benchmark, policy):
-    router, turn = warm_router(policy), itertools.cycle(PROMPTS)
-    benchmark(lambda: router.select(next(turn)))
+def bench_select(benchmark, policy, quick):
+    """Between two bookings, as a route is: alone, it would find warm caches and nothing booked."""
+    router, ids = warm_router(policy), itertools.count()
+
+    def fresh():
+        request_id = next(ids)
+        if request_id >= 64:
+            router.finish(request_id - 64)
+        router.route(PROMPTS[request_id % 64], request_id=request_id)
+        return (PROMPTS[(request_id + 32) % 64],), {}
+
+    benchmark.pedantic(router.select, setup=fresh, rounds=1 if quick else 5000)
     benchmark.extra_info |= SIZES
 
 

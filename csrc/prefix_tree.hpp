@@ -108,6 +108,14 @@ inline std::uint32_t common_prefix(const Key* a, std::size_t n_a, const Key* b, 
   return static_cast<std::uint32_t>(i);
 }
 
+// The larger of `least` and the common prefix, which one look tells where it is not longer.
+inline std::uint32_t common_prefix_or(std::uint32_t least, const Key* a, std::size_t n_a, const Key* b,
+                                      std::size_t n_b) noexcept {
+  if (std::min(n_a, n_b) <= least || a[least] != b[least]) return least;
+  // keys are not chained: one may be equal further on, after a difference
+  return std::max(least, common_prefix(a, n_a, b, n_b));
+}
+
 class PrefixTree {
  public:
   PrefixTree() { new_node(); }

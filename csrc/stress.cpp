@@ -379,6 +379,12 @@ void hash_all_lengths() {
     sum ^= mulsched::xxh3_64(exact.data(), length, length) + mulsched::xxh3_64(bytes.data() + 1, length, 1);
   }
   require(sum != 0, "hash");
+  for (std::size_t size = 1; size <= 40; ++size) {
+    const std::vector<std::uint32_t> tokens(3 * size, 0x5A5A);
+    std::vector<std::uint64_t> keys(3);
+    mulsched::hash_blocks(tokens.data(), 3, size, 7, keys.data());
+    require(keys[2] == mulsched::xxh3_64(tokens.data(), 4 * size, 7), "keys of blocks");
+  }
 }
 
 // Messages with bytes changed anywhere, each in a buffer that ends where it ends.

@@ -1,4 +1,4 @@
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -51,6 +51,8 @@ class PrefixIndex:
     def check(self) -> None: ...
     def edges(self) -> list[tuple[int, list[int], list[int]]]: ...
     def lru(self, row: int) -> list[list[int]]: ...
+
+def common_blocks(keys: Keys, others: Iterable[Keys]) -> int: ...
 
 @disjoint_base
 class FusedScore:

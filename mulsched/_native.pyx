@@ -79,6 +79,9 @@ cdef extern from "kv_events.hpp" namespace "mulsched" nogil:
         const uint32_t* tokens()
         cbool split(const uint8_t*, size_t, uint64_t) except +
 
+cdef extern from "prefix_tree.hpp" namespace "mulsched" nogil:
+    uint32_t common_prefix_or(uint32_t, const uint64_t*, size_t, const uint64_t*, size_t) noexcept
+
 cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
     cdef cppclass CMemory "mulsched::PrefixTree::Memory":
         size_t nodes, edges, holders, blocks, names
@@ -669,6 +672,17 @@ cdef class PrefixIndex:
         with nogil:
             paths = self.index.get().lru(row)
         return paths
+
+
+def common_blocks(keys, others):
+    """Return how many leading blocks of ``keys`` the one of ``others`` has that has most of them."""
+    cdef Words path = words_of(keys), other
+    cdef uint32_t shared = 0
+    for array in others:
+        other = words_of(array)
+        shared = common_prefix_or(shared, <const uint64_t*> path.view.buf, path.length(),
+                                  <const uint64_t*> other.view.buf, other.length())
+    return shared
 
 
 # -- columns and the fused pick -------------------------------------------------------------------------

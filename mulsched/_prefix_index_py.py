@@ -20,7 +20,7 @@ import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from mulsched.types import AFTER_PARENT, REMOVED, Keys
 
-__all__ = ["PrefixIndexPy"]
+__all__ = ["PrefixIndexPy", "common_blocks"]
 
 UNKNOWN_PARENT = -1
 
@@ -674,6 +674,18 @@ def _take_one(counts: dict[T, int], key: T) -> bool:
     else:
         counts.pop(key, None)
     return count > 0
+
+
+def common_blocks(keys: Keys, others: Iterable[Keys]) -> int:
+    """Return how many leading blocks of ``keys`` the one of ``others`` has that has most of them."""
+    shared = 0
+    for other in others:
+        n = min(len(keys), len(other))
+        if n > shared and keys[shared] == other[shared]:
+            # keys are not chained: one may be equal further on, after a difference
+            differs = np.flatnonzero(keys[:n] != other[:n])
+            shared = max(shared, int(differs[0]) if len(differs) else n)
+    return shared
 
 
 def _common_prefix(edge: list[int], offset: int, path: list[int], at: int) -> int:

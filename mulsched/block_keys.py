@@ -27,7 +27,15 @@ if BACKEND == "native":
 else:
     from mulsched._block_keys_py import hash_blocks, hash_text_blocks
 
-__all__ = ["DEFAULT_SEED", "block_keys", "engine_hash", "namespace_seed", "path_hashes", "text_block_keys"]
+__all__ = [
+    "DEFAULT_SEED",
+    "block_keys",
+    "engine_hash",
+    "hash_blocks",
+    "namespace_seed",
+    "path_hashes",
+    "text_block_keys",
+]
 
 DEFAULT_SEED = 1337
 """The seed that Dynamo and smg use for local block hashes."""

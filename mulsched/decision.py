@@ -12,9 +12,9 @@ from mulsched.indicators import COLUMNS, Columns
 __all__ = ["Decision"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # frozen, it would take three times as long to make
 class Decision:
-    """Which instance, and everything the choice was made from.
+    """Which instance, and everything the choice was made from: to be read, not changed.
 
     ``columns`` are the candidates' indicators at that moment; ``scores``, shape ``(n,)``, is NaN where a
     filter excluded the candidate; ``position`` is the chosen one's place in both. ``alarm``: what a
@@ -33,27 +33,27 @@ class Decision:
     @property
     def score(self) -> float:
         """The chosen instance's score; lower is better."""
-        return float(self.scores[self.position])
+        return self.scores.item(self.position)
 
     @property
     def matched_blocks(self) -> int:
         """Leading blocks of the prompt that the chosen instance holds."""
-        return int(self.columns.table[0, self.position])
+        return self.columns.table.item(0, self.position)
 
     @property
     def hit_tokens(self) -> int:
         """Prompt tokens that lie on the chosen instance's GPU, and that it will not compute again."""
-        return int(self.columns.table[1, self.position])
+        return self.columns.table.item(1, self.position)
 
     @property
     def new_prefill_tokens(self) -> int:
         """Prompt tokens that the chosen instance has to compute, and the price of those that it loads."""
-        return int(self.columns.table[2, self.position])
+        return self.columns.table.item(2, self.position)
 
     @property
     def lower_tier_tokens(self) -> int:
         """Prompt tokens that the chosen instance loads from a tier below its GPU."""
-        return int(self.columns.table[11, self.position])
+        return self.columns.table.item(11, self.position)
 
     @property
     def indicators(self) -> dict[str, int]:

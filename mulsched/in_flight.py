@@ -6,19 +6,16 @@ leave with its first token, whatever the cache does. A row holds a block while a
 
 from collections.abc import Iterator
 
-import numpy as np
-
+from mulsched._backend import BACKEND
 from mulsched.load import Booking
 from mulsched.prefix_index import UNBOUNDED, PrefixIndex
-from mulsched.types import Keys
+
+if BACKEND == "native":
+    from mulsched._native import common_blocks
+else:
+    from mulsched._prefix_index_py import common_blocks
 
 __all__ = ["PrefixesInFlight"]
-
-
-def _common_blocks(a: Keys, b: Keys) -> int:
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
 
 
 class PrefixesInFlight:
@@ -53,25 +50,19 @@ class PrefixesInFlight:
     def arrive(self, booking: Booking) -> None:
         """Take a prefix out of flight, except what others in flight share with it.
 
-        O(D + S), unless they share ever more of it.
+        O(D * S), O(D + S) unless they share ever more of it.
         """
         keys = booking.keys
         if not len(keys):
             return
         coming, first = self._coming[booking.row], keys.item(0)
-        others = [other for other in coming[first] if other is not booking]
-        if others:
-            coming[first] = others
-        else:
+        others = coming[first]
+        others.remove(booking)
+        if not others:
             del coming[first]
-        shared = 0
-        for other in others:
-            if shared == len(keys):
-                return
-            if len(other.keys) > shared and other.keys[shared] == keys[shared]:
-                # keys are not chained: one may be equal further on, after a difference
-                shared = max(shared, _common_blocks(other.keys, keys))
-        self.tree.discard(booking.row, keys, shared)
+        shared = common_blocks(keys, [other.keys for other in others])
+        if shared < len(keys):
+            self.tree.discard(booking.row, keys, shared)
 
     def heirs(self, booking: Booking, cached_blocks: int, block_size: int) -> Iterator[tuple[Booking, int]]:
         """Yield who has to compute what, in tokens, if a booking in flight does not: who counted on it.
@@ -83,12 +74,12 @@ class PrefixesInFlight:
             return
         there = max(cached_blocks * block_size, booking.prompt_tokens - booking.new_prefill_tokens)
         waiting = self._coming[booking.row][booking.keys.item(0)]
-        position = next(i for i, other in enumerate(waiting) if other is booking)
+        position = waiting.index(booking)
         # the last token of a prompt is computed anyway, so it may be booked for less than these bring
         for earlier in waiting[:position]:
-            there = max(there, _common_blocks(earlier.keys, booking.keys) * block_size)
+            there = max(there, common_blocks(booking.keys, [earlier.keys]) * block_size)
         for heir in waiting[position + 1 :]:
-            shared = _common_blocks(heir.keys, booking.keys) * block_size
+            shared = common_blocks(booking.keys, [heir.keys]) * block_size
             counted_on = min(shared, heir.prompt_tokens - heir.new_prefill_tokens)
             if counted_on > there:
                 yield heir, counted_on - there

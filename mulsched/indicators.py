@@ -81,13 +81,13 @@ class Columns:
 
     def __init__(
         self,
-        *,
         request: Request,
         instances: "Sequence[str]",
         rows: NDArray[np.int64],
         table: NDArray[np.int64],
         decision: int,
         block_size: int,
+        *,
         seed: int = 0,
         now: float | None = None,
     ) -> None:

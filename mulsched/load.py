@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mulsched.errors import (
     DuplicateRequest,
@@ -44,13 +45,13 @@ __all__ = ["LOAD_COLUMNS", "Booking", "LoadTable", "check_count"]
 LOAD_COLUMNS = ("queued_prefill_tokens", "running", "waiting", "context_tokens", "last_chosen")
 """Names of the rows of ``LoadTable.table``."""
 
-_QUEUED, _RUNNING, _WAITING, _CONTEXT, _LAST_CHOSEN = range(5)
+_QUEUED, _RUNNING, _WAITING = range(3)
 
 # Sums of millions of such counts fit into int64. Arbitrary: a million prompts of a million tokens.
 _COUNT_LIMIT = 2**40
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Booking:
     """One dispatched request: where it is and what it was booked for."""
 
@@ -90,13 +91,29 @@ class LoadTable:
     caller's; request ids are any hashable. Every call but ``add_row`` is O(1) unless it says otherwise.
     """
 
-    __slots__ = ("_bookings", "_foreign", "table")
+    __slots__ = (
+        "_bookings",
+        "_context",
+        "_foreign",
+        "_last_chosen",
+        "_queued",
+        "_running",
+        "_waiting",
+        "table",
+    )
 
     def __init__(self) -> None:
-        self.table = np.zeros((len(LOAD_COLUMNS), 8), dtype=np.int64)
+        self._set_table(np.zeros((len(LOAD_COLUMNS), 8), dtype=np.int64))
         # effective minus booked, of the first three columns
         self._foreign = np.zeros((3, 8), dtype=np.int64)
         self._bookings: dict[Hashable, Booking] = {}
+
+    def _set_table(self, table: NDArray[np.int64]) -> None:
+        self.table = table
+        # to add to one entry, which through the array would take twice as long
+        self._queued, self._running, self._waiting, self._context, self._last_chosen = (
+            memoryview(column) for column in table
+        )
 
     def __len__(self) -> int:
         """Return how many requests are booked."""
@@ -111,10 +128,10 @@ class LoadTable:
         capacity = self.table.shape[1]
         if row >= capacity:
             grown = max(row + 1, 2 * capacity) - capacity
-            self.table = np.pad(self.table, ((0, 0), (0, grown)))
+            self._set_table(np.pad(self.table, ((0, 0), (0, grown))))
             self._foreign = np.pad(self._foreign, ((0, 0), (0, grown)))
         self.table[:, row] = 0
-        self.table[_LAST_CHOSEN, row] = -1
+        self._last_chosen[row] = -1
         self._foreign[:, row] = 0
 
     def remove_row(self, row: int) -> list[Hashable]:
@@ -135,10 +152,6 @@ class LoadTable:
                 f"unknown request {request_id!r}: never dispatched, or finished, cancelled or expired"
             ) from None
 
-    def bookings(self) -> dict[Hashable, Booking]:
-        """Return a copy of all bookings by request id, the oldest first. O(bookings)."""
-        return dict(self._bookings)
-
     def check_new(self, request_id: Hashable) -> None:
         """Raise DuplicateRequest if the request is booked, InvalidType if the id is not hashable."""
         try:
@@ -151,11 +164,11 @@ class LoadTable:
     def dispatch(self, request_id: Hashable, booking: Booking, *, decision: int) -> None:
         """Book a request that ``check_new`` has let pass; ``decision`` is the number of its decision."""
         self._bookings[request_id] = booking
-        table, row = self.table, booking.row
-        table[_QUEUED, row] += booking.new_prefill_tokens
-        table[_WAITING, row] += 1
-        table[_CONTEXT, row] += booking.prompt_tokens
-        table[_LAST_CHOSEN, row] = decision
+        row = booking.row
+        self._queued[row] += booking.new_prefill_tokens
+        self._waiting[row] += 1
+        self._context[row] += booking.prompt_tokens
+        self._last_chosen[row] = decision
 
     def first_token(self, request_id: Hashable) -> Booking:
         """Record that the request's prefill is done. Raises UnknownRequest, LifecycleError (second time)."""
@@ -163,26 +176,28 @@ class LoadTable:
         if not booking.waiting:
             raise LifecycleError(f"request {request_id!r} has had its first token")
         booking.waiting = False
-        self.table[_QUEUED, booking.row] -= booking.new_prefill_tokens
-        self.table[_WAITING, booking.row] -= 1
-        self.table[_RUNNING, booking.row] += 1
+        row = booking.row
+        self._queued[row] -= booking.new_prefill_tokens
+        self._waiting[row] -= 1
+        self._running[row] += 1
         return booking
 
     def add_prefill(self, booking: Booking, tokens: int) -> None:
         """Raise the new prefill tokens of a request that waits."""
         booking.new_prefill_tokens += tokens
-        self.table[_QUEUED, booking.row] += tokens
+        self._queued[booking.row] += tokens
 
     def end(self, request_id: Hashable) -> Booking:
         """Take a request off the table, whatever its stage. Raises UnknownRequest."""
         booking = self.booking(request_id)
         del self._bookings[request_id]
+        row = booking.row
         if booking.waiting:
-            self.table[_QUEUED, booking.row] -= booking.new_prefill_tokens
-            self.table[_WAITING, booking.row] -= 1
+            self._queued[row] -= booking.new_prefill_tokens
+            self._waiting[row] -= 1
         else:
-            self.table[_RUNNING, booking.row] -= 1
-        self.table[_CONTEXT, booking.row] -= booking.prompt_tokens
+            self._running[row] -= 1
+        self._context[row] -= booking.prompt_tokens
         return booking
 
     def older_than(self, *, now: float, older_than_s: float) -> list[Hashable]:

@@ -284,12 +284,6 @@ class PrefixIndex:
                 f"unknown instance {instance!r}; there are {len(self._rows)} instances"
             ) from None
 
-    def instance(self, row: int) -> str:
-        """Return the instance on a row that is in use."""
-        name = self._names[row]
-        assert name is not None
-        return name
-
     @property
     def backend(self) -> Backend:
         """The tree itself, for code that fills columns from it."""

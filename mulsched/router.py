@@ -15,6 +15,7 @@ from mulsched.block_keys import (
     Tokens,
     block_keys,
     engine_hash,
+    hash_blocks,
     namespace_seed,
     text_block_keys,
 )
@@ -148,9 +149,10 @@ class Router:
         self._detector = detector if detector is not None else self._policy.detector
         self._occupancy = None if self._detector is None else self._detector.occupancy
         self._index = PrefixIndex()
+        self._tree = self._index.backend
         self._in_flight = PrefixesInFlight() if in_flight == "cached" else None
         self._load = LoadTable()
-        self._predicted: set[str] = set()
+        self._predicted: set[int] = set()  # rows
         self._last_report: dict[str, float] = {}
         self._decision = 0
         self._lock = threading.RLock()
@@ -209,7 +211,7 @@ class Router:
                 instance, capacity_blocks=cache_blocks, engine_hashes=cache_blocks is None
             )
             if cache_blocks is not None:
-                self._predicted.add(instance)
+                self._predicted.add(row)
             if self._in_flight is not None:
                 self._in_flight.add_row(row)
             if self._tiers is not None:
@@ -233,7 +235,7 @@ class Router:
                 self._in_flight.remove_row(row)
             if self._tiers is not None:
                 self._tiers.remove_instance(instance)
-            self._predicted.discard(instance)
+            self._predicted.discard(row)
             self._last_report.pop(instance, None)
             self._refresh_candidates()
             return lost
@@ -362,7 +364,10 @@ class Router:
             self._book(decision, row, request_id, now)
 
     def _token_keys(self, tokens: Tokens, namespace: Namespace | None) -> tuple[Keys, int]:
-        keys = block_keys(tokens, self._block_size, namespace=namespace, seed=self._key_seed)
+        if namespace is None:  # as block_keys, whose other arguments were checked once
+            keys = hash_blocks(tokens, self._block_size, self._key_seed)
+        else:
+            keys = block_keys(tokens, self._block_size, namespace=namespace, seed=self._key_seed)
         return keys, self._check_prompt(len(tokens), "token")
 
     def _text_keys(self, text: str, namespace: Namespace | None) -> tuple[Keys, int]:
@@ -412,12 +417,12 @@ class Router:
             raise InvalidType(f"session must be a str or None, got {type(session).__name__}")
         names, rows = self._candidates(candidates)
         columns = Columns(
-            request=Request(prompt_tokens, keys, request_id, session),
-            instances=names,
-            rows=rows,
-            table=np.empty((len(COLUMNS), len(names)), dtype=np.int64),
-            decision=self._decision,
-            block_size=self._block_size,
+            Request(prompt_tokens, keys, request_id, session),
+            names,
+            rows,
+            np.empty((len(COLUMNS), len(names)), dtype=np.int64),
+            self._decision,
+            self._block_size,
             seed=self._seed,
             now=now,
         )
@@ -432,13 +437,12 @@ class Router:
         )
 
     def _pick(self, columns: Columns) -> tuple[int, NDArray[np.float64]]:
-        index = self._index.backend
         coming = None if self._in_flight is None else self._in_flight.tree
         request, load = columns.request, self._load.table
         if self._fused is not None and self._tiers is None:
             scores = np.empty(len(columns.instances))
             position = select_fused(
-                index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
+                self._tree, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
                 columns.table, scores, self._fused, self._decision, self._occupancy,
             )  # fmt: skip
             if position >= 0:
@@ -446,7 +450,7 @@ class Router:
                 return position, scores
             # a score that is not finite: the composed path says which
         fill_columns(
-            index, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
+            self._tree, coming, request.keys, request.prompt_tokens, self._block_size, columns.rows, load,
             columns.table,
         )  # fmt: skip
         if self._tiers is not None:
@@ -473,7 +477,7 @@ class Router:
     ) -> Decision:
         self._load.check_new(request_id)
         decision = self._decide(keys, prompt_tokens, candidates, session, request_id, now)
-        self._book(decision, int(decision.columns.rows[decision.position]), request_id, now)
+        self._book(decision, decision.columns.rows.item(decision.position), request_id, now)
         return decision
 
     def _book(self, decision: Decision, row: int, request_id: Hashable, now: float | None) -> None:
@@ -547,9 +551,8 @@ class Router:
         return booking
 
     def _predict(self, booking: Booking) -> None:
-        instance = self._index.instance(booking.row)
-        if instance in self._predicted:
-            self._index.store(instance, booking.keys)
+        if booking.row in self._predicted:
+            self._tree.store(booking.row, booking.keys)
 
     def _arrive(self, booking: Booking) -> None:
         if self._in_flight is not None:
@@ -637,7 +640,7 @@ class Router:
         arrays that do not fit each other), InvalidType; nothing is changed then.
         """
         with self._lock:
-            self._index.row(run.instance)
+            row = self._index.row(run.instance)
             if run.medium != "GPU" or (run.namespace is not None and run.namespace.cache_salt is not None):
                 raise InvalidArgument(
                     f"a run on the GPU without a cache salt expected, got {run.medium!r}, {run.namespace!r}"
@@ -648,7 +651,7 @@ class Router:
             if n_tokens % size != 0:
                 raise InvalidArgument(f"whole blocks of {size} token_ids expected, got {n_tokens}")
             keys = block_keys(run.token_ids, size, namespace=run.namespace, seed=self._key_seed)
-            if run.instance in self._predicted:
+            if row in self._predicted:
                 if (run.table[:, 0] == AFTER_PARENT).all():  # such stores alone say nothing of the cache
                     return RunApplied(0, len(run), 0, 0)
                 self._observe(run.instance)
@@ -663,14 +666,14 @@ class Router:
         )
 
     def _apply_stored(self, event: BlockStored) -> None:
-        self._index.row(event.instance)
+        row = self._index.row(event.instance)
         if event.block_size != self._block_size:
             raise self._block_size_mismatch(event)
         hashes = as_hashes(event.block_hashes)
         keys = self._event_keys(event, len(hashes))
         if event.parent_hash is not None:
             engine_hash(event.parent_hash)
-            if event.instance in self._predicted and event.medium == "GPU":
+            if row in self._predicted and event.medium == "GPU":
                 raise UnknownBlock(
                     f"instance {event.instance!r} holds no block with engine hash {event.parent_hash!r}"
                 )
@@ -722,7 +725,7 @@ class Router:
 
     def _observe(self, instance: str) -> None:
         """Switch an instance from predicted to observed, once."""
-        self._index.row(instance)  # refuses one that is not there
-        if instance in self._predicted:
+        row = self._index.row(instance)
+        if row in self._predicted:
             self._index.reset(instance, engine_hashes=True)
-            self._predicted.discard(instance)
+            self._predicted.discard(row)

@@ -45,8 +45,7 @@ class Namespace:
     cache_salt: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One request as a policy sees it.
 
     ``keys`` has shape ``(n_blocks,)``; ``prompt_tokens`` also counts the partial block at the end.

@@ -85,6 +85,15 @@ def get(url):
     return None
 
 
+def post(url, body, **headers):
+    """Return the headers of an answer, once all of it is read."""
+    headers |= {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+        response.read()
+        return response.headers
+
+
 @contextlib.contextmanager
 def process(command, log, **environment):
     """Run a command in a process group of its own, which is gone afterwards."""
@@ -168,9 +177,10 @@ class Gateway:
     """``mulsched serve`` over engines, as a user starts it."""
 
     def __init__(self, directory, engines, *flags):
+        self.directory = directory
         self.engines = {engine.name: engine for engine in engines}
-        self.log = directory / "gateway.log"
         port = free_ports(1)[0]
+        self.log = directory / f"gateway-{port}.log"
         self.url = f"http://127.0.0.1:{port}"
         self._command = [
             *(sys.executable, "-m", "mulsched", "serve", "--port", str(port)),
@@ -183,7 +193,14 @@ class Gateway:
     def run(self):
         return process(self._command, self.log)
 
-    def is_ready(self):
+    @contextlib.contextmanager
+    def started(self):
+        """Run it; yield it once all its engines are healthy."""
+        with self.run():
+            wait(self._is_ready, WAIT_S, self.log)
+            yield self
+
+    def _is_ready(self):
         return get(f"{self.url}/healthz") and all(each["eligible"] for each in self.instances())
 
     def metric(self, name, **labels):
@@ -195,8 +212,11 @@ class Gateway:
             if line.startswith(f"{name}{{") and all(label in line for label in wanted)
         )
 
+    def overview(self):
+        return json.loads(get(f"{self.url}/instances"))
+
     def instances(self):
-        return json.loads(get(f"{self.url}/instances"))["instances"]
+        return self.overview()["instances"]
 
     def catch_up(self):
         """Wait until all that engines have published is applied."""
@@ -235,6 +255,4 @@ def fleet(python, directory):
             wait(lambda e=engine, s=started: s.poll() is not None or e.answers(), START_S, engine.log)
             assert started.poll() is None, engine.log.read_text()[-4000:]
         gateway = Gateway(directory, engines, "--record", str(directory / "record.jsonl"))
-        stack.enter_context(gateway.run())
-        wait(gateway.is_ready, WAIT_S, gateway.log)
-        yield gateway
+        yield stack.enter_context(gateway.started())

@@ -103,6 +103,12 @@ def test_every_form_of_tokens_gives_the_same_keys(hashing, form):
     assert keys.dtype == np.uint64
 
 
+@pytest.mark.parametrize("block_size", [1, 15, 16, 17, 32, 64])
+def test_a_key_is_the_hash_of_its_block_at_every_size(hashing, block_size):
+    tokens = list(range(200, 400))
+    assert hashing.hash_blocks(tokens, block_size, 7).tolist() == judge(tokens, block_size, 7)
+
+
 @pytest.mark.parametrize("form", ["list", "uint32", "int64", "uint64"])
 def test_tokens_reach_up_to_32_bits(hashing, form):
     tokens = [2**32 - 1, 2**31, 0, 1]

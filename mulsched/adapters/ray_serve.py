@@ -26,6 +26,7 @@ from typing import Any
 
 from mulsched.adapters._bodies import BodyRouter, End, as_body
 from mulsched.errors import MissingExtra
+from mulsched.prompt_routing import PromptKeys
 
 try:
     from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -36,13 +37,18 @@ except ImportError as error:
 
 __all__ = ["LMetricRequestRouter"]
 
+_NOT_COMPUTED = ("tokenize", "detokenize")  # methods of Ray Serve LLM whose prompts no engine computes
+
 
 class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
     """Sends a request to the replica of the smallest score, and books it there in the same step.
 
     ``request_router_kwargs`` are the arguments of ``initialize_state``. The prompt is the first argument of
     the call that is a text, a body as a mapping, or an object with ``messages``, ``prompt`` or ``input``;
-    a call without one is placed by load alone. Ray tells the end of a request, never its first token.
+    a call without one is placed by load alone, and so is one of ``tokenize`` or ``detokenize``. Ray tells the
+    end of a request, never its first token. Of a request for which a replica is only picked
+    (``choose_replica(_reserve=False)``, as in direct streaming of Ray Serve LLM) it tells nothing: such a one
+    is not booked, and the load that it meets is the queues that replicas tell when asked.
     """
 
     def initialize_state(
@@ -64,6 +70,7 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         options["prefill_tokens_per_s"] = prefill_tokens_per_s
         self._clock = clock
         self._open: set[str] = set()
+        self._sending: set[int] = set()  # identities of the pending requests that Ray itself will send
         self._numbers = itertools.count()
         self.bodies = BodyRouter(**options)
         self.shared: RouterActor | None = None
@@ -99,14 +106,20 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         """
         metadata = pending_request.metadata
         if not is_retry and metadata.internal_request_id in self._open:
-            own = f"{metadata.internal_request_id}/{next(self._numbers)}"
+            own = self._own(metadata.internal_request_id)
             pending_request.metadata = metadata = replace(metadata, internal_request_id=own)
         self._open.add(metadata.internal_request_id)
+        self._sending.add(id(pending_request))
         try:
             return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
         except BaseException:
             self._open.discard(metadata.internal_request_id)
             raise
+        finally:
+            self._sending.discard(id(pending_request))
+
+    def _own(self, request_id: str) -> str:
+        return f"{request_id}/{next(self._numbers)}"
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -120,8 +133,9 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # these are all the candidates
         request_id = pending_request.metadata.internal_request_id
-        arguments = [*pending_request.args, *pending_request.kwargs.values()]
-        prompt = self.bodies.read(next((body for body in map(as_body, arguments) if body is not None), None))
+        prompt = self._read(pending_request)
+        if id(pending_request) not in self._sending:
+            return await self._pick(prompt, self._own(request_id), candidate_replicas)
 
         def on_done(future: Any) -> None:
             if future.cancelled():  # the caller went while the request waited for a replica
@@ -140,12 +154,39 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
             return []
         if chosen is not None and chosen in candidates:
             candidates = [chosen]
-        name = self.bodies.reserve_keys(
-            prompt, request_id=request_id, now=self._clock(), candidates=candidates
-        )
+        now = self._clock()
+        name = self.bodies.reserve_keys(prompt, request_id=request_id, now=now, candidates=candidates)
         if self.shared is not None and name != chosen:
             self.shared.book(prompt, request_id, name)
         return [[replicas[name]]]
+
+    def _read(self, pending_request: PendingRequest) -> PromptKeys:
+        if pending_request.metadata.call_method in _NOT_COMPUTED:
+            return self.bodies.read(None)
+        arguments = [*pending_request.args, *pending_request.kwargs.values()]
+        return self.bodies.read(next((body for body in map(as_body, arguments) if body is not None), None))
+
+    async def _pick(
+        self, prompt: PromptKeys, request_id: str, candidate_replicas: list[RunningReplica]
+    ) -> list[list[RunningReplica]]:
+        """Choose a replica for a request that others will send, by the queues that replicas tell now."""
+        told = {
+            replica.replica_id.to_full_id_str(): (replica, queue)
+            for replica, queue in await self._probe_queue_lens(candidate_replicas, 0)
+            if replica.replica_id in self.curr_replicas  # did not die meanwhile
+        }
+        if not told:  # Ray asks again
+            return []
+        # one that does not answer is no idle one
+        told = {name: entry for name, entry in told.items() if entry[1] is not None} or told
+        now, report = self._clock(), self.bodies.lifecycle.router.report_load
+        for name in told:
+            report(name, running=told[name][1] or 0, waiting=0)
+        chosen = self.bodies.reserve_keys(prompt, request_id=request_id, now=now, candidates=told)
+        self.bodies.end(("finish", request_id, chosen), now=now)
+        for name in told:  # it is old by the next decision
+            report(name, running=0, waiting=0)
+        return [[told[chosen][0]]]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """End a request: it succeeded, failed, or the replica rejected it and Ray will choose again."""

@@ -40,6 +40,9 @@ def handle():
             await asyncio.wait_for(self.open.wait(), timeout=60)
             return os.getpid()
 
+        async def tokenize(self, body):
+            return os.getpid()
+
         async def release(self):
             self.open.set()
 
@@ -112,6 +115,80 @@ def test_calls_made_for_one_request_are_booked_and_answered_each(handle):
     assert [load["running"] + load["waiting"] for load in loads] == [2] * REPLICAS
     until(lambda: not len(lifecycle))
     assert not router._open
+
+
+def blocks(router):
+    known = router.bodies.lifecycle.router
+    return {name: known.index.blocks(name) for name in known.instances}
+
+
+def test_what_is_only_tokenized_is_not_taken_for_cached(handle):
+    before = blocks(router_of(handle))
+    handle.tokenize.remote(chat("tokenize" * 500)).result(timeout_s=60)
+    until(lambda: len(router_of(handle).bodies.lifecycle) == 0)
+    assert blocks(router_of(handle)) == before
+
+
+async def pick_by(handle, body):
+    async with handle.choose_replica(body, _reserve=False) as selection:
+        return selection.replica_id
+
+
+@pytest.fixture
+def pick(handle):
+    """Picks a replica by a handle of its own, for requests that are sent otherwise."""
+    from ray import serve
+
+    own = serve.get_deployment_handle("Engine", "engines")
+
+    def pick(body):
+        replica = asyncio.run(pick_by(own, body))
+        assert len(router_of(own).bodies.lifecycle) == 0
+        return replica
+
+    return pick
+
+
+def test_a_replica_that_is_only_picked_is_one_with_the_prefix_and_not_booked(pick):
+    for topic in "de":
+        assert len({pick(chat(topic * 4000 + str(turn))) for turn in range(5)}) == 1
+
+
+def test_a_replica_that_is_only_picked_is_none_with_a_queue(handle, pick):
+    handle.broadcast("hold").results(timeout_s=60)
+    lifecycle = router_of(handle).bodies.lifecycle
+    until(lambda: len(lifecycle) == 0)
+    waiting = [handle.wait.remote(chat("f" * 4000)) for _ in range(3)]
+    until(lambda: len(lifecycle) == len(waiting))
+    loads = {name: lifecycle.router.load(name) for name in lifecycle.router.instances}
+    [busy] = [name for name, load in loads.items() if load["running"] + load["waiting"]]
+    picked = {pick(chat(topic * 4000)) for topic in "ghijkl"}
+    handle.broadcast("release").results(timeout_s=60)
+    for response in waiting:
+        response.result(timeout_s=60)
+    assert len(picked) == REPLICAS - 1
+    assert not any(busy.endswith(replica) for replica in picked)
+
+
+def test_a_pick_made_for_a_request_that_is_served_leaves_that_ones_calls_booked(handle):
+    from ray.serve.context import _set_request_context
+
+    handle.broadcast("hold").results(timeout_s=60)
+    lifecycle = router_of(handle).bodies.lifecycle
+    until(lambda: len(lifecycle) == 0)
+
+    def served():
+        _set_request_context(_internal_request_id="serves and picks")
+        waiting = handle.wait.remote(chat("m" * 4000))
+        until(lambda: len(lifecycle) == 1)
+        asyncio.run(pick_by(handle, chat("m" * 4000)))
+        return waiting
+
+    waiting = contextvars.copy_context().run(served)
+    booked = len(lifecycle)
+    handle.broadcast("release").results(timeout_s=60)
+    waiting.result(timeout_s=60)
+    assert booked == 1
 
 
 def test_a_killed_replica_is_forgotten_and_its_prefixes_go_elsewhere(handle):

@@ -3,10 +3,14 @@
 import asyncio
 import os
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from real_vllm import ADAPTER, BLOCK_SIZE, WORDS, fleet
+from real_vllm import ADAPTER, BLOCK_SIZE, WAIT_S, WORDS, Gateway, fleet, post, wait
+
+from mulsched.events.load_header import LOAD_FORMAT_HEADER, LOAD_HEADER, read_load_header
 
 pytestmark = pytest.mark.vllm
 TURNS = 5
@@ -169,3 +173,82 @@ def test_whatever_was_missed_under_load_predictions_are_exact_again_after_it(gat
     print(f"{load.__name__}: {len(differing(rows[:40]))} of 40 differ")
     assert differing(rows[40:]) == []
     assert sum(row[3] for row in rows[44:]) > 0
+
+
+CHAT = "/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}
+TEXT = "/v1/completions", {"prompt": "hello"}
+
+
+def body(asked, **fields):
+    return {"model": "tiny", "max_tokens": 2} | asked | fields
+
+
+@pytest.mark.parametrize(("path", "asked"), [CHAT, TEXT])
+@pytest.mark.parametrize("form", ["TEXT", "JSON"])
+def test_an_engine_tells_with_its_answer_how_many_requests_wait(gateway, path, asked, form):
+    url = next(iter(gateway.engines.values())).url + path
+    told = post(url, body(asked), **{LOAD_FORMAT_HEADER: form})[LOAD_HEADER]
+    print(told)
+    assert told.startswith(form)
+    load = read_load_header(told)
+    assert load.waiting == 0
+    assert load.running is None
+
+
+@pytest.mark.parametrize(("path", "asked"), [CHAT, TEXT])
+def test_an_engine_tells_nothing_with_a_stream(gateway, path, asked):
+    url = next(iter(gateway.engines.values())).url + path
+    assert LOAD_HEADER not in post(url, body(asked, stream=True), **{LOAD_FORMAT_HEADER: "TEXT"})
+
+
+def test_requests_that_wait_for_room_in_the_cache_are_told(gateway):
+    """The cache holds two of eight such prompts, so that some wait when the first is answered."""
+    url = next(iter(gateway.engines.values())).url + "/v1/completions"
+
+    def ask(number):
+        tokens = random.Random(number).choices(range(2, 512), k=400)
+        asked = body({"prompt": tokens}, max_tokens=60, ignore_eos=True)
+        return read_load_header(post(url, asked, **{LOAD_FORMAT_HEADER: "TEXT"})[LOAD_HEADER]).waiting
+
+    with ThreadPoolExecutor(8) as threads:
+        waiting = list(threads.map(ask, range(8)))
+    print(waiting)
+    assert max(waiting) >= 2
+
+
+def test_the_gateway_reads_the_load_of_every_answer_that_tells_it_and_keeps_it_from_clients(gateway):
+    with Gateway(gateway.directory, gateway.engines.values(), "--load-headers").started() as front:
+        for path, asked in (CHAT, TEXT):
+            for stream in (False, True, False):
+                assert LOAD_HEADER not in post(front.url + path, body(asked, stream=stream))
+        assert front.metric("mulsched_instance_load_headers_total") == 4
+        assert front.metric("mulsched_instance_malformed_load_headers_total") == 0
+
+
+def test_the_gateway_counts_requests_on_an_engine_that_others_sent(gateway):
+    """Others send to the first engine for as long as it takes the gateway to see it."""
+    name, engine = next(iter(gateway.engines.items()))
+    seen = threading.Event()
+
+    def others():
+        while not seen.is_set():
+            post(f"{engine.url}/v1/completions", body({"prompt": "others"}, max_tokens=300, ignore_eos=True))
+
+    with (
+        Gateway(gateway.directory, gateway.engines.values(), "--poll-load", "0.1").started() as front,
+        ThreadPoolExecutor(2) as threads,
+    ):
+
+        def decided_by():
+            post(f"{front.url}/v1/completions", body({"prompt": "hello"}))
+            candidates = front.overview()["decisions"][0]["candidates"]
+            return {each["instance"]: each["running"] + each["waiting"] for each in candidates}
+
+        sent = [threads.submit(others) for _ in range(2)]
+        try:
+            wait(lambda: decided_by()[name] == 2, WAIT_S, front.log)
+        finally:
+            seen.set()
+        for each in sent:
+            each.result()
+        wait(lambda: set(decided_by().values()) == {0}, WAIT_S, front.log)
