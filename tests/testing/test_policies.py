@@ -182,8 +182,9 @@ ORACLES = {
 
 @pytest.mark.parametrize("name", policies.names())
 def test_a_policy_breaks_nothing_that_the_table_does_not_say(name):
-    report = check_score(name, examples=10, shrink=False)
-    assert {finding.invariant for finding in report.findings if not finding.holds} <= BROKEN.get(name, set())
+    kept = [invariant for invariant in invariants.names() if invariant not in BROKEN.get(name, ())]
+    report = check_score(name, examples=10, only=kept, shrink=False)
+    assert [finding.invariant for finding in report.findings if not finding.holds] == []
 
 
 @pytest.mark.parametrize(("name", "invariant"), [cell for cell in CELLS if cell not in RARE])
