@@ -35,6 +35,8 @@ class Engine:
         """Whether it is being removed: it drains and will be forgotten."""
         self.gone = False
         """Whether it was forgotten; another engine may have its name by now."""
+        self.unready: str | None = None
+        """Why it has not passed a check yet, as of the last one."""
         self.in_flight = 0
         self.models: Models = {}
         """What it serves, as it told last; empty until it does, and then it may serve anything."""

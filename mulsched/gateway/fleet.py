@@ -208,6 +208,9 @@ class Fleet:
         if engine.gone:
             return
         state = self._change(engine, ok, reason)
+        if engine.state == "starting" and engine.unready != reason:
+            engine.unready = reason
+            self._log("engine_not_ready", instance=engine.name, reason=reason)
         if state == "ejected":
             self._eject(engine)
         elif ok and engine.state == "healthy":

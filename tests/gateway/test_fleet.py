@@ -117,6 +117,22 @@ def test_an_engine_that_is_not_there_at_the_start_is_taken_in_when_it_is():
     run(scenario, answers(), answers(), before=unwell)
 
 
+def test_the_log_says_why_an_engine_is_not_ready_once_for_each_reason():
+    async def scenario(front):
+        await check(front)
+        front.engines[0].healthy = True
+        await check(front)
+        told = [line for line in front.logged if line["event"] == "engine_not_ready"]
+        name = front.engines[0].name
+        reason = "health check: status 500"
+        assert told == [{"event": "engine_not_ready", "instance": name, "reason": reason}]
+
+    def unwell(front):
+        front.engines[0].healthy = False
+
+    run(scenario, answers(), before=unwell)
+
+
 def test_without_a_healthy_engine_clients_are_asked_to_come_again():
     async def scenario(front):
         front.engines[0].healthy = False
