@@ -69,7 +69,10 @@ def load_chat_template(
             raise InvalidArgument(f"{file} is not a JSON object") from None
     if source is None and (model / "chat_template.jinja").is_file():
         source = model / "chat_template.jinja"
-    template = described.get("chat_template") if source is None else source.read_text(encoding="utf-8")
+    try:
+        template = described.get("chat_template") if source is None else source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"{source} must be text in UTF-8: {error}") from None
     if not isinstance(template, str):
         return None
     tokens = {name: described.get(name) for name in _SPECIAL_TOKENS}

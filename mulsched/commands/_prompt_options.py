@@ -1,6 +1,7 @@
 """The options that say what prompts are routed by, of the commands that stand before engines."""
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -39,4 +40,7 @@ def prompt_reader(options: argparse.Namespace, block_size: int) -> PromptReader:
     model = Path(options.tokenizer)
     source = None if options.chat_template is None else Path(options.chat_template)
     template = load_chat_template(model.parent if model.is_file() else model, source, time.strftime)
-    return PromptReader(block_size, load_tokenizer(options.tokenizer), template)
+    tokenizer = load_tokenizer(options.tokenizer)
+    if template is None:
+        print(f"mulsched: no chat template with {model}: KV events will match no chat", file=sys.stderr)
+    return PromptReader(block_size, tokenizer, template)

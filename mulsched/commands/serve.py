@@ -208,7 +208,10 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
 
 def _secret(value: str | None) -> str | None:
     """Return a key, read from a file if it is @FILE: arguments can be seen by every user of a machine."""
-    return Path(value[1:]).read_text().strip() if value is not None and value.startswith("@") else value
+    if value is None or not value.startswith("@"):
+        return value
+    # what is no ASCII is replaced by what is no key, and refused as one
+    return Path(value[1:]).read_text(encoding="ascii", errors="replace").strip()
 
 
 def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
@@ -225,12 +228,13 @@ async def _serve(gateway: "Gateway", options: argparse.Namespace) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    if options.engines_file is not None:
+        # from before the first checks on, which may take a while: the signal's default ends the process
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reread_engines)
     try:
         port = await gateway.start(options.host, options.port)
         # modules and classes stay; looking through them holds requests up for 40 ms each time
         gc.freeze()
-        if options.engines_file is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reread_engines)
         addresses = {engine.config.address for engine in gateway.fleet.engines.values()}
         print(f"http://{options.host}:{port}/v1 over {len(addresses)} engines, page at /", flush=True)
         await stopped.wait()

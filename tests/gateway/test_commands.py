@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -67,6 +68,23 @@ def heard(process, wanted):
         if not wanted:
             return
     raise AssertionError(f"the log ends without {wanted}")
+
+
+def test_sighup_while_the_first_checks_run_does_not_end_the_gateway(tmp_path):
+    path = tmp_path / "engines"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        path.write_text("http://{}:{}".format(*silent.getsockname()))
+        command = [sys.executable, "-m", "mulsched", "serve", "--port", "0", "--engines-file", str(path)]
+        command += ["--health-timeout", "1"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        with killed_after(60, process):
+            try:
+                with silent.accept()[0]:  # a check that is not answered
+                    process.send_signal(signal.SIGHUP)
+                    assert "over 1 engines" in process.stdout.readline()
+            finally:
+                process.terminate()
+                process.communicate()
 
 
 def answered(url):

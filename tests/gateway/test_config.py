@@ -206,3 +206,10 @@ def test_the_command_says_what_is_wrong_in_a_line(arguments, message, capsys):
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_a_file_that_has_no_key_in_ascii_is_refused(tmp_path, capsys):
+    key = tmp_path / "key"
+    key.write_bytes(b"\xff")
+    assert main(["serve", "--engine", "http://a:1", "--api-key", f"@{key}"]) == 2
+    assert "an API key must be printable ASCII" in capsys.readouterr().err

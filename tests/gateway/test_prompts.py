@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from made_tokenizer import MadeTokenizer
 
 from mulsched.block_keys import block_keys
 from mulsched.chat_template import ChatTemplate, load_chat_template
+from mulsched.commands._prompt_options import prompt_reader
 from mulsched.errors import InvalidArgument
 from mulsched.gateway import PromptReader, load_tokenizer
 from mulsched.lifecycle import Lifecycle
@@ -118,6 +120,12 @@ def test_a_directory_without_a_template_has_none(tmp_path):
         load_chat_template(tmp_path, None, str)
 
 
+def test_a_template_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "other").write_bytes(b"\xff")
+    with pytest.raises(InvalidArgument, match="other must be text in UTF-8"):
+        load_chat_template(tmp_path, tmp_path / "other", str)
+
+
 @pytest.mark.parametrize("loop", ["m.content", "m['content']", 'm["content"]'])
 def test_a_template_that_loops_over_parts_is_given_parts(loop):
     template = ChatTemplate(
@@ -169,14 +177,18 @@ def test_a_prompt_that_cannot_be_read_counts_as_one(body):
     assert Instance(PromptReader(16)).send(body) == (1, 0)
 
 
-def test_a_tokenizer_is_a_file_or_lies_in_a_directory(tmp_path):
+def save_tokenizer(path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
 
     tokenizer = Tokenizer(WordLevel({"a": 5, "b": 6, "?": 7}, unk_token="?"))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(str(path))
+
+
+def test_a_tokenizer_is_a_file_or_lies_in_a_directory(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer.json")
     for path in (tmp_path / "tokenizer.json", tmp_path):
         assert load_tokenizer(str(path)).encode("b a c").ids == [6, 5, 7]
 
@@ -185,3 +197,12 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(InvalidArgument, match=r"no tokenizer in or under '.*no\.json'"):
         load_tokenizer(str(tmp_path / "no.json"))
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages }}"])
+def test_a_tokenizer_without_a_chat_template_is_told_of(template, tmp_path, capsys):
+    save_tokenizer(tmp_path / "tokenizer.json")
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    prompt_reader(SimpleNamespace(tokenizer=str(tmp_path), chat_template=None), 16)
+    assert ("no chat template" in capsys.readouterr().err) == (template is None)
