@@ -9,13 +9,15 @@ from starlette.routing import Route
 
 from mulsched.adapters.asgi import INSTANCE, LMetricMiddleware
 
+JSON = {"Content-Type": "application/json"}  # vLLM refuses any other
+
 client = httpx.AsyncClient(timeout=None)
 
 
 async def forward(request: Request) -> StreamingResponse:
     """Send a request to the instance that was chosen for it, and its answer back as it comes."""
     url = getattr(request.state, INSTANCE) + request.url.path
-    outgoing = client.build_request("POST", url, content=await request.body())
+    outgoing = client.build_request("POST", url, content=await request.body(), headers=JSON)
     answer = await client.send(outgoing, stream=True)
     return StreamingResponse(
         answer.aiter_raw(),

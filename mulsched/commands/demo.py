@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mulsched.commands._port import port
 from mulsched.errors import InvalidArgument, MissingExtra
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the load")
     parser.add_argument(
-        "--port", type=int, default=0, metavar="N", help="of the gateway (default: a free one)"
+        "--port", type=port, default=0, metavar="N", help="of the gateway (default: a free one)"
     )
     parser.set_defaults(run=_run)
 

@@ -7,6 +7,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
+from mulsched.commands._port import port
 from mulsched.commands._prompt_options import add_prompt_options, prompt_reader
 from mulsched.commands._tiers import add_tier_option, tier_cost_ratio
 from mulsched.errors import InvalidArgument
@@ -29,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "Kubernetes' Gateway API Inference Extension. See docs/envoy.md.",
     )
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=9002, metavar="N", help="default: 9002")
+    parser.add_argument("--port", type=port, default=9002, metavar="N", help="default: 9002")
     parser.add_argument(
         "--engine", action="append", default=[], metavar="IP:PORT", help="an endpoint; once for each"
     )

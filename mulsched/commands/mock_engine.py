@@ -8,6 +8,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
+from mulsched.commands._port import port
 from mulsched.commands._workload import profile_of
 from mulsched.errors import InvalidArgument
 from mulsched.replay.profile import BUILTIN_PROFILES
@@ -28,7 +29,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="of the first engine (default: 8000)"
+        "--port", type=port, default=8000, metavar="N", help="of the first engine (default: 8000)"
     )
     parser.add_argument("--count", type=int, default=1, metavar="N", help="engines, on consecutive ports")
     parser.add_argument("--model", default="mock", metavar="NAME", help="its name (default: mock)")

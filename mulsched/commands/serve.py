@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mulsched.commands._port import port
 from mulsched.commands._prompt_options import add_prompt_options, prompt_reader
 from mulsched.commands._tiers import add_tier_option, tier_cost_ratio
 from mulsched.errors import InvalidArgument
@@ -51,7 +52,7 @@ def add_parser(commands: Any) -> None:
         "See docs/gateway.md.",
     )
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080, metavar="N")
+    parser.add_argument("--port", type=port, default=8080, metavar="N")
     parser.add_argument(
         "--engine", action="append", default=[], metavar="URL", help="http://HOST:PORT; once for each"
     )

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import runpy
+from pathlib import Path
 
 import httpx
 import pytest
@@ -178,3 +180,29 @@ def test_a_starlette_proxy_streams_from_the_instance_that_holds_the_prefix():
     answers, booked = asyncio.run(run())
     assert answers[::2] == answers[1::2]
     assert (len(set(answers)), booked) == (3, 0)
+
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "asgi_proxy.py"
+
+if EXAMPLE.exists():
+
+    def test_the_example_declares_the_body_that_it_sends_to_be_json():
+        seen = []
+
+        async def run():
+            async def parts():
+                yield b"{}"
+
+            example = runpy.run_path(str(EXAMPLE))
+            engine = httpx.MockTransport(
+                lambda asked: seen.append(asked) or httpx.Response(200, content=parts())
+            )
+            example["forward"].__globals__["client"] = httpx.AsyncClient(transport=engine)
+            front = httpx.ASGITransport(example["app"])
+            async with httpx.AsyncClient(transport=front, base_url="http://a") as client:
+                assert (await client.post("/v1/chat/completions", content=chat("hello"))).status_code == 200
+
+        asyncio.run(run())
+        assert [(asked.headers["content-type"], asked.content) for asked in seen] == [
+            ("application/json", chat("hello"))
+        ]

@@ -117,6 +117,19 @@ def test_readiness_needs_an_endpoint_and_liveness_does_not():
     serve(scenario, picker)
 
 
+def test_two_pickers_cannot_share_a_port():
+    async def run():
+        first = PickerServer(new_picker())
+        port = await first.start("127.0.0.1:0")
+        try:
+            with pytest.raises(OSError, match="cannot listen at"):
+                await PickerServer(new_picker()).start(f"127.0.0.1:{port}")
+        finally:
+            await first.stop()
+
+    asyncio.run(run())
+
+
 def test_a_port_that_is_taken_is_an_os_error():
     async def run():
         with socket.socket() as taken:

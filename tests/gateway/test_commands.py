@@ -31,6 +31,14 @@ def test_the_demo_refuses_a_load_that_is_none(capsys):
     assert capsys.readouterr().err.count("\n") == 3
 
 
+@pytest.mark.parametrize("command", ["serve", "demo", "mock-engine", "endpoint-picker"])
+@pytest.mark.parametrize("given", ["65536", "-1", "http"])
+def test_what_is_no_port_is_refused(command, given, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([command, f"--port={given}"])
+    assert f"a port in 0..65535 expected, got '{given}'" in capsys.readouterr().err
+
+
 def test_the_gateway_runs_logs_records_and_stops_on_sigterm(tmp_path):
     command = [sys.executable, "-m", "mulsched", "serve", "--port", "0", "--engine", "http://127.0.0.1:9"]
     command += ["--record", str(tmp_path / "record.jsonl")]

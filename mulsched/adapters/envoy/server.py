@@ -66,7 +66,12 @@ class PickerServer:
         self.picker = picker
         largest = max_body_bytes + _MESSAGE_ROOM_BYTES
         self._server = grpc.aio.server(
-            options=[("grpc.max_receive_message_length", largest), ("grpc.max_send_message_length", largest)]
+            options=[
+                ("grpc.max_receive_message_length", largest),
+                ("grpc.max_send_message_length", largest),
+                # else a second picker may take the same port, and each books half of the requests
+                ("grpc.so_reuseport", 0),
+            ]
         )
         external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(
             _Processor(picker, max_body_bytes), self._server
