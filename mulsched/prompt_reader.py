@@ -70,6 +70,7 @@ class PromptReader:
         if prompt.token_ids is not None:
             return self._of_tokens(prompt.token_ids, namespace)
         assert prompt.text is not None
+        # to a whole prompt the model's own start is added; a template has it
         text, whole = prompt.text, "messages" not in body
         if self._chat_template is not None and not whole:
             try:
@@ -77,15 +78,15 @@ class PromptReader:
             except InvalidArgument:
                 return UNREADABLE
         if len(text) < _THREAD_CHARACTERS:
-            tokens = self._tokens(text, whole)
+            tokens: Sequence[int] = self._tokenizer.encode(text, add_special_tokens=whole).ids
         else:
-            tokens = await asyncio.to_thread(self._tokens, text, whole)
+            tokens = await asyncio.to_thread(self._long, text, whole)
         return self._of_tokens(tokens, namespace) if len(tokens) else UNREADABLE
 
-    def _tokens(self, text: str, whole: bool) -> Sequence[int]:
-        """Return the tokens of a text; to a ``whole`` prompt the model's own start is added."""
+    def _long(self, text: str, whole: bool) -> Sequence[int]:
+        """Return the tokens of a text, while other threads run: ``encode`` keeps Python's lock to its end."""
         assert self._tokenizer is not None
-        ids: Sequence[int] = self._tokenizer.encode(text, add_special_tokens=whole).ids
+        ids: Sequence[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=whole)[0].ids
         return ids
 
     def _of_tokens(self, tokens: Sequence[int], namespace: Namespace | None) -> PromptKeys:

@@ -75,6 +75,27 @@ def test_a_long_text_is_tokenized_alike():
     assert instance.send({"prompt": letters(text, whole=True)}) == (8001, 8000)
 
 
+def test_a_long_text_goes_by_the_call_that_lets_other_threads_run():
+    """``encode`` of the package keeps the interpreter's lock, whatever thread it is called in."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "Ġ": 32, "a": 97, "b": 98}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    called = []
+
+    class Watched:
+        def __getattr__(self, name):
+            called.append(name)
+            return getattr(tokenizer, name)
+
+    for text in ("a b", "a b" * 2000):
+        keys, length = asyncio.run(PromptReader(4, Watched()).read({"prompt": text}))
+        assert length == 1 + len(text)
+        assert keys.tolist() == block_keys(letters(text, whole=True), 4).tolist()
+    assert called == ["encode", "encode_batch_fast"]
+
+
 def test_a_chat_is_what_the_template_makes_of_it():
     instance = Instance(PromptReader(4, LETTERS, ChatTemplate(TEMPLATE)))
     text = "[user]a<b\n[assistant]"
