@@ -136,8 +136,7 @@ class Fleet:
                 for name in self._eligible
                 if not (models := self.engines[name].models) or model in models
             )
-            for engine in told
-            for model in engine.models
+            for model in {model for engine in told for model in engine.models}  # each once, whoever has it
         }
         self._adapters = frozenset(
             name for engine in told for name, model in engine.models.items() if model.get("parent")
