@@ -157,7 +157,7 @@ class Gateway:
         self.log("stopped")
 
     def reread_engines(self) -> None:
-        """Read the file of engines again, unless the gateway stops; a failure is logged and changes nothing."""
+        """Read the file of engines again unless the gateway stops; if that fails, log it, change nothing."""
         if self.stopping:
             return
         try:
