@@ -41,6 +41,10 @@ class PromptReader:
         self._block_size = block_size
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        # of one unit as ever, which in blocks of one token is a whole block and must have a key
+        one_token = PromptKeys(np.zeros(1, dtype=np.uint64), 1)
+        self.unreadable = UNREADABLE if self.router_block_size > 1 else one_token
+        """What ``read`` returns for a prompt that cannot be read; its length is 1."""
 
     @property
     def router_block_size(self) -> int:
@@ -53,14 +57,14 @@ class PromptReader:
         return 1 if self._tokenizer is not None else CHARACTERS_PER_TOKEN
 
     async def read(self, body: Mapping[str, Any], *, adapter: bool = False) -> PromptKeys:
-        """Return what the prompt is routed by: ``UNREADABLE`` if it cannot be read.
+        """Return what the prompt is routed by: ``unreadable`` if it cannot be read.
 
         ``adapter``: its model is one of another model's. Long texts are tokenized in a thread.
         """
         try:
             prompt = parse_prompt(body)
         except (InvalidArgument, InvalidType):
-            return UNREADABLE
+            return self.unreadable
         if self._tokenizer is None:
             return prompt_keys(prompt, self.router_block_size)
         namespace = namespace_of(prompt)
@@ -76,12 +80,12 @@ class PromptReader:
             try:
                 text = self._chat_template(body)
             except InvalidArgument:
-                return UNREADABLE
+                return self.unreadable
         if len(text) < _THREAD_CHARACTERS:
             tokens: Sequence[int] = self._tokenizer.encode(text, add_special_tokens=whole).ids
         else:
             tokens = await asyncio.to_thread(self._long, text, whole)
-        return self._of_tokens(tokens, namespace) if len(tokens) else UNREADABLE
+        return self._of_tokens(tokens, namespace) if len(tokens) else self.unreadable
 
     def _long(self, text: str, whole: bool) -> Sequence[int]:
         """Return the tokens of a text, while other threads run: ``encode`` keeps Python's lock to its end."""

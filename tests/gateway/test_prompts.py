@@ -190,6 +190,11 @@ def test_a_prompt_that_cannot_be_read_counts_as_one(body):
     assert Instance(PromptReader(16)).send(body) == (1, 0)
 
 
+def test_where_a_block_is_a_token_too():
+    instance = Instance(PromptReader(1, LETTERS))
+    assert [instance.send({}), instance.send({})] == [(1, 0), (1, 0)]
+
+
 def test_a_tokenizer_is_a_file_or_lies_in_a_directory(tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
