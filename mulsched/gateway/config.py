@@ -12,7 +12,7 @@ from mulsched.lower_tiers import check_cost_ratios
 __all__ = ["EngineConfig", "GatewayConfig"]
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
-_ENDPOINT = re.compile(r"tcp://\S+:\d{1,5}|ipc://\S+")
+_ENDPOINT = re.compile(r"tcp://\S+:[0-9]{1,5}|ipc://\S+")
 # Of one connection, or made anew for the body that is sent: never taken over from a client.
 _OWN_HEADERS = frozenset((
     "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "cookie", "expect",
@@ -83,7 +83,7 @@ def _offset(endpoint: str | None, rank: int) -> str | None:
     if endpoint is None or endpoint == "auto" or rank == 0:
         return endpoint
     host, _, port = endpoint.rpartition(":")
-    if not port.isdigit():
+    if not (port.isascii() and port.isdecimal()):
         raise InvalidArgument(
             f"an endpoint with a port expected, since ranks count up from it, got {endpoint!r}"
         )

@@ -33,11 +33,17 @@ def test_an_engine_is_a_url_and_nothing_else(url):
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["5557", "tcp://h", "http://h:1", "tcp://h:x", "tcp://h:0", "tcp://h:65536"]
+    "endpoint", ["5557", "tcp://h", "http://h:1", "tcp://h:x", "tcp://h:0", "tcp://h:65536", "tcp://h:٥"]
 )
 def test_events_come_from_an_endpoint(endpoint):
     with pytest.raises(InvalidArgument, match="endpoint"):
         EngineConfig("http://h:1", endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["ipc:///run/events", "ipc://a:²"])
+def test_ranks_have_ports_to_count_from(endpoint):
+    with pytest.raises(InvalidArgument, match="an endpoint with a port expected"):
+        EngineConfig("http://h:1", endpoint).ranks(2)
 
 
 def test_an_instance_has_the_name_of_its_address():
