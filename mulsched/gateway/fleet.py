@@ -149,7 +149,8 @@ class Fleet:
         await self.check()
         self._started = True
         for engine in self.engines.values():
-            self._watch(engine, at_once=False)
+            if not engine.gone:  # else it is about to be forgotten, and nobody would end its checks
+                self._watch(engine, at_once=False)
 
     async def stop(self) -> None:
         """End the checks."""
