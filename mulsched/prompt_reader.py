@@ -20,7 +20,7 @@ from mulsched.types import Namespace
 
 __all__ = ["PromptReader"]
 
-# Shorter texts are tokenized on the event loop, in about a millisecond.
+# Shorter texts are tokenized on the event loop, in a millisecond or two.
 _THREAD_CHARACTERS = 4_096
 
 
@@ -74,7 +74,6 @@ class PromptReader:
         if prompt.token_ids is not None:
             return self._of_tokens(prompt.token_ids, namespace)
         assert prompt.text is not None
-        # to a whole prompt the model's own start is added; a template has it
         text, whole = prompt.text, "messages" not in body
         if self._chat_template is not None and not whole:
             try:
@@ -82,14 +81,15 @@ class PromptReader:
             except InvalidArgument:
                 return self.unreadable
         if len(text) < _THREAD_CHARACTERS:
-            tokens: Sequence[int] = self._tokenizer.encode(text, add_special_tokens=whole).ids
+            tokens = self._tokens(text, whole)
         else:
-            tokens = await asyncio.to_thread(self._long, text, whole)
+            tokens = await asyncio.to_thread(self._tokens, text, whole)
         return self._of_tokens(tokens, namespace) if len(tokens) else self.unreadable
 
-    def _long(self, text: str, whole: bool) -> Sequence[int]:
-        """Return the tokens of a text, while other threads run: ``encode`` keeps Python's lock to its end."""
+    def _tokens(self, text: str, whole: bool) -> Sequence[int]:
+        """Return the tokens of a text; to a ``whole`` prompt the model's own start is added."""
         assert self._tokenizer is not None
+        # not ``encode``, which keeps Python's lock to its end and takes longer, for short texts too
         ids: Sequence[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=whole)[0].ids
         return ids
 
