@@ -13,7 +13,7 @@ import numpy as np
 
 from mulsched.block_keys import block_keys
 from mulsched.errors import InvalidArgument, InvalidType
-from mulsched.openai_prompt import parse_prompt
+from mulsched.openai_prompt import encodable, parse_prompt
 from mulsched.prompt_routing import CHARACTERS_PER_TOKEN, UNREADABLE, PromptKeys, namespace_of, prompt_keys
 from mulsched.tokenizer import Tokenizer
 from mulsched.types import Namespace
@@ -77,7 +77,7 @@ class PromptReader:
         text, whole = prompt.text, "messages" not in body
         if self._chat_template is not None and not whole:
             try:
-                text = self._chat_template(body)
+                text = encodable(self._chat_template(body))
             except InvalidArgument:
                 return self.unreadable
         if len(text) < _THREAD_CHARACTERS:

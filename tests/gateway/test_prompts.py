@@ -103,6 +103,16 @@ def test_a_chat_is_what_the_template_makes_of_it():
     assert instance.send(CHAT) == (len(text), len(text) // 4 * 4)
 
 
+def test_lone_surrogates_in_a_chat_are_replaced():
+    """No tokenizer takes them."""
+    reader = PromptReader(4, LETTERS, ChatTemplate(TEMPLATE))
+    first, second = (
+        asyncio.run(reader.read({"messages": [{"role": "user", "content": content}]})).keys.tolist()
+        for content in ("a\ud800b", "a\ufffdb")
+    )
+    assert first == second
+
+
 def test_an_adapter_shares_no_cache_with_its_model():
     reader = PromptReader(4, LETTERS)
     first, second, third = (
