@@ -65,7 +65,7 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         ``prefill_tokens_per_s``: what an engine was measured to do; a wrong rate may cost more than none.
         ``shared``: decide and book in one actor for all processes with a handle to this deployment. Where it
         has not answered within ``shared_timeout_s`` (by default three times the p99 of 64 asked at once, see
-        docs/adapters.md), the process decides by what it knows itself.
+        docs/adapters-results.md), the process decides by what it knows itself.
         """
         options["prefill_tokens_per_s"] = prefill_tokens_per_s
         self._clock = clock
