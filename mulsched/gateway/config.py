@@ -182,8 +182,10 @@ class GatewayConfig:
                 self._check(name, float)
         if any(not key or not key.isascii() or not key.isprintable() for key in self._keys()):
             raise InvalidArgument("an API key must be printable ASCII and not empty")
-        if set(self.admin_keys) & set(self.api_keys):
-            raise InvalidArgument("an admin key must be another than the API keys, which clients have")
+        if set(self.admin_keys) & {*self.api_keys, self.engine_api_key}:
+            raise InvalidArgument(
+                "an admin key must be another than the API keys, which clients have, and the engines' key"
+            )
         if not self.health_path.startswith("/"):
             raise InvalidArgument(f"health_path must start with a slash, got {self.health_path!r}")
         for name in self.forward_headers:

@@ -57,6 +57,7 @@ def test_an_instance_has_the_name_of_its_address():
         ({"engines": ("http://gpu-0:8000",)}, InvalidType),
         ({"admin_keys": ("",)}, InvalidArgument),
         ({"admin_keys": ("a",), "api_keys": ("a",)}, InvalidArgument),
+        ({"admin_keys": ("a",), "engine_api_key": "a"}, InvalidArgument),
         ({"data_parallel_size": 0}, InvalidArgument),
         ({"tier_cost_ratio": {"CPU": 2.0}}, InvalidArgument),
         ({"engines": (ENGINE, EngineConfig("https://gpu-0:8000"))}, InvalidArgument),
