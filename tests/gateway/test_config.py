@@ -33,11 +33,17 @@ def test_an_engine_is_a_url_and_nothing_else(url):
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["5557", "tcp://h", "http://h:1", "tcp://h:x", "tcp://h:0", "tcp://h:65536"]
+    "endpoint", ["5557", "tcp://h", "http://h:1", "tcp://h:x", "tcp://h:0", "tcp://h:65536", "tcp://h:٥"]
 )
 def test_events_come_from_an_endpoint(endpoint):
     with pytest.raises(InvalidArgument, match="endpoint"):
         EngineConfig("http://h:1", endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["ipc:///run/events", "ipc://a:²"])
+def test_ranks_have_ports_to_count_from(endpoint):
+    with pytest.raises(InvalidArgument, match="an endpoint with a port expected"):
+        EngineConfig("http://h:1", endpoint).ranks(2)
 
 
 def test_an_instance_has_the_name_of_its_address():
@@ -51,6 +57,7 @@ def test_an_instance_has_the_name_of_its_address():
         ({"engines": ("http://gpu-0:8000",)}, InvalidType),
         ({"admin_keys": ("",)}, InvalidArgument),
         ({"admin_keys": ("a",), "api_keys": ("a",)}, InvalidArgument),
+        ({"admin_keys": ("a",), "engine_api_key": "a"}, InvalidArgument),
         ({"data_parallel_size": 0}, InvalidArgument),
         ({"tier_cost_ratio": {"CPU": 2.0}}, InvalidArgument),
         ({"engines": (ENGINE, EngineConfig("https://gpu-0:8000"))}, InvalidArgument),
