@@ -1,6 +1,7 @@
 """vLLM's and SGLang's events: both encodings, and what is done with what cannot be read."""
 
 import contextlib
+import pickle
 
 import msgspec
 import numpy as np
@@ -341,6 +342,20 @@ def test_runs_end_where_the_adapter_or_the_medium_changes():
     ]
     if mulsched.BACKEND == "native":
         assert [len(run) for run in decoded.parts] == [2, 1, 1, 2]
+
+
+def test_a_payload_may_be_of_a_class_of_bytes():
+    class Frame(bytes):
+        pass
+
+    message = batch(stored([7, 8], TOKENS), removed([8]))
+    assert whole(Frame(message), decode_vllm) == whole(message, decode_vllm)
+
+
+def test_a_batch_can_be_sent_to_another_process():
+    decoded = decode_vllm(batch(stored([7, 8], TOKENS, lora_name="a"), removed([8])), "a")
+    there = pickle.loads(pickle.dumps(decoded))
+    assert (there.timestamp, said(there)) == (decoded.timestamp, said(decoded))
 
 
 def test_the_runs_of_a_message_are_a_sequence():
