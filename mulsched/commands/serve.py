@@ -197,7 +197,9 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
         engines = tuple(rank for engine in engines for rank in engine.ranks(ranks))
     given["engines"] = engines
     given["kv_events_auto"] = kv_events_auto
-    events = bool(options.kv_events or options.engines_file or options.admin_keys)
+    events = options.tokenizer != "none" and bool(
+        options.kv_events or options.engines_file or options.admin_keys
+    )
     given["tier_cost_ratio"] = tier_cost_ratio(options, events=events)
     given["api_keys"] = tuple(map(_secret, options.api_keys))
     given["admin_keys"] = tuple(map(_secret, options.admin_keys))

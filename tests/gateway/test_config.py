@@ -115,7 +115,7 @@ def test_the_command_passes_on_what_it_is_given(tmp_path):
             ),
             *("--api-key", f"@{key}", "--engine-api-key", "e", "--forward-header", "X-Tenant"),
             *("--kv-format", "sglang", "--load-headers", "--admin-key", f"@{admin}", "--engines-file", "f"),
-            *("--tier-cost-ratio", "DISK=0.5", "--tier-cost-ratio", "CPU=0.1"),
+            *("--tokenizer", "t", "--tier-cost-ratio", "DISK=0.5", "--tier-cost-ratio", "CPU=0.1"),
             *("--read-timeout", "5", "--max-in-flight", "7", "--kv-tokens", "1000"),
         )
     )
@@ -169,6 +169,10 @@ def test_each_rank_is_an_instance_with_ports_of_its_own():
         (["--admin-key", "a", "--api-key", "a"], "an admin key must be another"),
         (
             ["--engine", "http://a:1", "--tier-cost-ratio", "CPU=0.1"],
+            "--tier-cost-ratio goes with --kv-events",
+        ),
+        (
+            ["--admin-key", "a", "--tier-cost-ratio", "CPU=0.1"],  # without a tokenizer there are no events
             "--tier-cost-ratio goes with --kv-events",
         ),
         (["--admin-key", "a", "--tier-cost-ratio", "CPU"], "must be MEDIUM=RATIO, got 'CPU'"),
