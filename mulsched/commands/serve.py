@@ -198,7 +198,9 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
         engines = tuple(rank for engine in engines for rank in engine.ranks(ranks))
     given["engines"] = engines
     given["kv_events_auto"] = kv_events_auto
-    events = bool(options.kv_events or options.engines_file or options.admin_keys)
+    events = options.tokenizer != "none" and bool(
+        options.kv_events or options.engines_file or options.admin_keys
+    )
     given["tier_cost_ratio"] = tier_cost_ratio(options, events=events)
     given["api_keys"] = tuple(map(_secret, options.api_keys))
     given["admin_keys"] = tuple(map(_secret, options.admin_keys))
@@ -230,7 +232,7 @@ async def _serve(gateway: "Gateway", options: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     if options.engines_file is not None:
-        # from before the first checks on, which may take a while: the signal's default ends the process
+        # before the first checks, which take their time: the signal ends a process that does not handle it
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reread_engines)
     try:
         port = await gateway.start(options.host, options.port)

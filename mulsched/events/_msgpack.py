@@ -174,10 +174,10 @@ def decode(payload: bytes, instance: str, *, group_idx: int, counts_copies: bool
 
     Raises InvalidEvents (the batch itself, or too much of it, cannot be read; too much that is not plain).
     """
-    if not isinstance(payload, bytes):
-        if not isinstance(payload, bytearray | memoryview):
+    if type(payload) is not bytes:
+        if not isinstance(payload, bytes | bytearray | memoryview):
             raise InvalidType(f"payload must be bytes, got {type(payload).__name__}")
-        payload = bytes(payload)
+        payload = bytes(payload)  # of a subclass too: the core takes bytes alone
     message = split_kv_events(payload, group_idx, _MAX_PARTS) if 0 <= group_idx < 2**31 else None
     if message and message.plain_within(_MAX_PARTS):
         runs = PackedEvents(SplitRuns(message, instance, counts_copies))

@@ -73,6 +73,10 @@ class SplitRuns(Sequence[EventRun]):
         places = range(len(self.message))[position]
         return [self._run(place) for place in places] if isinstance(places, range) else self._run(places)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickled and copied as its runs: the message lies in the core
+        return list, (list(self),)
+
     def _run(self, place: int) -> EventRun:
         return event_run(self.message.part(place), self.instance, self.counts_copies)
 

@@ -1,6 +1,7 @@
 """ZeroMQ's sockets on an event loop, read without a turn of the loop and a future for each message."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 from mulsched.errors import MissingExtra
@@ -44,19 +45,19 @@ class Readable:
             self._loop.add_reader(descriptor, self._wake, socket)
 
     def _wake(self, socket: "zmq.Socket[Any]") -> None:
+        self._woken.set()
         # else the descriptor stays ready until the socket is read, and the loop spins while nobody reads it
         socket.getsockopt(zmq.EVENTS)
-        self._woken.set()
 
     async def wait(self, timeout_s: float | None) -> bool:
         """Return whether a socket may have something; False when the time is over. None waits for ever."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._woken.wait()
-        except TimeoutError:
-            return False
+        # also where both came in one turn, as after something that held the loop up
+        woken = self._woken.is_set()
         self._woken.clear()
-        return True
+        return woken
 
     def close(self) -> None:
         """Stop watching; before the sockets are closed."""

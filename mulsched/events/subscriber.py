@@ -136,7 +136,8 @@ class KvEventSubscriber:
                     await self._replay_from(context, self._take(self.tracker.connected()))
         finally:
             sockets.close()
-            live.disable_monitor()
+            with contextlib.suppress(zmq.ZMQError):  # a terminated context waits for the sockets to be closed
+                live.disable_monitor()
             monitor.close()
             live.close()
 

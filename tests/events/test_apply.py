@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kv_messages import MESSAGES, PLAIN_MESSAGES, without_splitting
 from kv_wire import ENCODINGS, batch, cleared, removed, stored
@@ -166,7 +166,6 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(OPERATIONS, st.sampled_from(ENCODINGS))
 def test_an_engine_that_announces_all_it_does_is_mirrored_exactly(operations, encoding):
     # A cache of one chain of eight blocks, each at most once: stores follow a held parent.
@@ -202,13 +201,15 @@ def outcome(payloads, decode, options, cache_blocks):
             refused += 1
             continue
         apply_batch(router, batch, counts)
+    # removals side by side are one event; where only some of them are plain, the core makes more of them
+    for name in ("UnknownInstance", "events_of_other_media"):
+        counts[name] = min(counts[name], 1)
     indexes = [router.index, *router.lower_tiers.values()]
     for index in indexes:
         index.check()
     return refused, +counts, [(index.dump(), index.removed_unknown) for index in indexes]
 
 
-@settings(deadline=None)
 @given(
     st.lists(PLAIN_MESSAGES | PLAIN_MESSAGES | MESSAGES, max_size=5),
     st.sampled_from([decode_vllm, decode_sglang]),

@@ -1,11 +1,12 @@
 """vLLM's and SGLang's events: both encodings, and what is done with what cannot be read."""
 
 import contextlib
+import pickle
 
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kv_messages import MESSAGES, PLAIN_MESSAGES, without_splitting
 from kv_wire import ENCODINGS, as_array, batch, cleared, removed, stored
@@ -269,7 +270,6 @@ def test_a_truncated_message_is_refused_at_every_length(encoding):
             decode_vllm(whole[:length], "a")
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=60), st.integers(0, 200), st.sampled_from(ENCODINGS))
 def test_bytes_that_are_changed_anywhere_raise_nothing_else(noise, at, encoding):
     whole = batch(stored([7, 8], TOKENS, extra_keys=[("s", ("i", 1)), None]), removed([8]), encoding=encoding)
@@ -297,13 +297,11 @@ def unsplit(payload, decode):
         return whole(payload, decode)
 
 
-@settings(deadline=None)
 @given(MESSAGES | PLAIN_MESSAGES, st.sampled_from([decode_vllm, decode_sglang]))
 def test_splitting_a_message_changes_nothing_of_what_it_says(payload, decode):
     assert whole(payload, decode) == unsplit(payload, decode)
 
 
-@settings(deadline=None)
 @given(MESSAGES, st.binary(max_size=6), st.integers(0, 400), st.booleans())
 def test_splitting_a_broken_message_changes_nothing_of_what_it_says(payload, noise, at, cut):
     at %= len(payload)
@@ -344,6 +342,20 @@ def test_runs_end_where_the_adapter_or_the_medium_changes():
     ]
     if mulsched.BACKEND == "native":
         assert [len(run) for run in decoded.parts] == [2, 1, 1, 2]
+
+
+def test_a_payload_may_be_of_a_class_of_bytes():
+    class Frame(bytes):
+        pass
+
+    message = batch(stored([7, 8], TOKENS), removed([8]))
+    assert whole(Frame(message), decode_vllm) == whole(message, decode_vllm)
+
+
+def test_a_batch_can_be_sent_to_another_process():
+    decoded = decode_vllm(batch(stored([7, 8], TOKENS, lora_name="a"), removed([8])), "a")
+    there = pickle.loads(pickle.dumps(decoded))
+    assert (there.timestamp, said(there)) == (decoded.timestamp, said(decoded))
 
 
 def test_the_runs_of_a_message_are_a_sequence():
@@ -501,7 +513,6 @@ def as_list(array):
     return None if array is None else (array.dtype.name, array.tolist())
 
 
-@settings(deadline=None)
 @given(ARRAYS.map(msgspec.msgpack.encode), st.binary(max_size=2), st.integers(0, 2))
 def test_both_readers_of_integers_agree_on_anything(data, tail, cut):
     data = data[: len(data) - cut] + tail

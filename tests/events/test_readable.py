@@ -48,6 +48,20 @@ def test_what_comes_wakes_a_loop_that_waits():
         asyncio.run(scenario(near, far))
 
 
+def test_what_comes_in_the_turn_in_which_the_time_is_over_is_not_missed():
+    async def scenario(near, far):
+        readable = Readable(near)
+        try:
+            waiting = asyncio.create_task(readable.wait(0))
+            asyncio.get_running_loop().call_soon(readable._wake, near)
+            assert await waiting
+        finally:
+            readable.close()
+
+    with a_pair() as (near, far):
+        asyncio.run(scenario(near, far))
+
+
 def test_what_nobody_reads_does_not_keep_the_loop_awake(monkeypatch):
     woken = []
     wake = Readable._wake

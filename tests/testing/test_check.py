@@ -99,7 +99,7 @@ def test_a_policy_with_state_needs_its_factory_to_be_told():
     assert report["dominance"].counter_example.history
 
 
-@settings(max_examples=2, database=None, deadline=None)
+@settings(max_examples=2, database=None)
 @given(st.integers(0, 3))
 def test_it_runs_inside_another_hypothesis_test(seed):
     check_score("lmetric", examples=5, seed=seed, only=["monotone"]).assert_holds()

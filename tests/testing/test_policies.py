@@ -277,7 +277,7 @@ def test_the_invariants_ask_a_detector_while_an_alarm_leaves_candidates_out(name
     asked = masked = 0
 
     @hypothesis.seed(0)
-    @settings(max_examples=100, database=None, deadline=None, phases=[Phase.generate])
+    @settings(max_examples=100, database=None, phases=[Phase.generate])
     @given(st.data())
     def ask(data):
         nonlocal asked, masked

@@ -13,7 +13,7 @@ from mulsched import BlockRemoved, BlockStored, CacheCleared, InstanceRemoved, R
 from mulsched.errors import InvalidArgument
 from mulsched.testing import Cancel, Dispatch, Finish, FirstToken, make_columns, run_lives, strategies
 
-QUICK = settings(max_examples=40, deadline=None, database=None)
+QUICK = settings(max_examples=40, database=None)
 
 
 @QUICK
