@@ -270,6 +270,13 @@ def test_commands_load_without_any_extra():
     assert done.stdout.startswith("mulsched ")
 
 
+def test_the_gateway_names_its_own_extra_and_not_a_part_of_it():
+    program = "import sys; sys.modules['msgspec'] = None; from mulsched.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "serve", "--engine", "http://a:1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "pip install 'mulsched[gateway]'" in done.stderr) == (2, True)
+
+
 def test_it_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "mulsched", "info"], capture_output=True, text=True, check=True

@@ -5,9 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from mulsched.errors import InvalidArgument, InvalidType
-from mulsched.events import KV_DECODERS
+from mulsched.errors import InvalidArgument, InvalidType, MissingExtra
 from mulsched.lower_tiers import check_cost_ratios
+
+try:
+    from mulsched.events import KV_DECODERS
+except ImportError as error:  # of which the extra is a part of the gateway's
+    raise MissingExtra("the gateway needs msgspec and others: pip install 'mulsched[gateway]'") from error
 
 __all__ = ["EngineConfig", "GatewayConfig"]
 
