@@ -1,9 +1,10 @@
 """KV events: decoded, and decoded and applied to a router.
 
 Blocks of 16 tokens with ids below 150,000 and engine hashes of 64 bits, with the fields that vLLM writes:
-128 requests that grow in turns, as those of a batch that decodes do. ``blocks`` in ``extra_info`` is what a
-round handles; blocks a second by CPU time come with ``--benchmark-timer=time.process_time``. Dynamo's
-RadixTree (marker ``peers``) gets the same blocks ready hashed, as its own JSON.
+128 requests that grow in turns, as those of a batch that decodes do, and the mix of ``engine_stream``.
+``blocks`` in ``extra_info`` is what a round handles; blocks a second by CPU time come with
+``--benchmark-timer=time.process_time``. Dynamo's RadixTree (marker ``peers``) gets the same blocks ready
+hashed, as its own JSON.
 """
 
 import importlib
@@ -13,6 +14,7 @@ from collections import Counter
 
 import msgspec
 import pytest
+from engine_stream import engine_messages
 
 from mulsched import Router
 from mulsched.events import apply_batch, decode_vllm
@@ -82,6 +84,22 @@ def bench_events(benchmark, quick, what, encoding, event_blocks, message_events)
 
     target = decode if what == "decode" else decode_and_apply
     benchmark.pedantic(target, setup=fresh_router, rounds=1 if quick else 10)
+
+
+@pytest.mark.benchmark(group="events")
+def bench_engine(benchmark, quick):
+    """Steps of an engine that prefills and decodes with a full cache."""
+    stream = list(engine_messages(50 if quick else 2_500))
+    n_blocks = sum(blocks for _, blocks in stream)
+    benchmark.extra_info |= {"blocks": n_blocks, "messages": len(stream)}
+
+    def decode_and_apply(router):
+        counts = Counter()
+        for payload, _ in stream:
+            apply_batch(router, decode_vllm(payload, "a"), counts)
+        assert counts["blocks_stored"] + counts["blocks_removed"] == n_blocks
+
+    benchmark.pedantic(decode_and_apply, setup=fresh_router, rounds=1 if quick else 10)
 
 
 @pytest.mark.peers

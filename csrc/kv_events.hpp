@@ -20,17 +20,20 @@ namespace mulsched {
 
 // Neighbours that share what is said here; or one event that is not plain, in data[begin, end).
 struct KvPart {
+  static constexpr std::uint64_t kNoId = std::numeric_limits<std::uint64_t>::max();
+
   bool plain;
   std::size_t begin, end;
-  std::size_t n_events, n_hashes, n_tokens;
-  std::string_view medium, lora_name;  // empty for nil; "GPU" is nil too
-  std::uint64_t block_size;            // 0 until there is a store
-  std::uint64_t lora_id;               // kNoId for nil
+  std::size_t first_event, first_hash, first_token;  // where its arrays begin in those of the batch
+  std::size_t n_events = 0, n_hashes = 0, n_tokens = 0;
+  std::string_view medium = {}, lora_name = {};  // empty for nil; "GPU" is nil too
+  std::uint64_t block_size = 0;                  // 0 until there is a store
+  std::uint64_t lora_id = kNoId;                 // kNoId for nil
 };
 
 class KvBatch {
  public:
-  static constexpr std::uint64_t kNoId = std::numeric_limits<std::uint64_t>::max();
+  static constexpr std::uint64_t kNoId = KvPart::kNoId;
 
   double timestamp = 0;
   std::uint64_t rank = kNoId;
@@ -41,12 +44,25 @@ class KvBatch {
   // Of all runs, one after the other.
   const std::uint64_t* hashes() const noexcept { return hashes_.get(); }
   const std::uint32_t* tokens() const noexcept { return tokens_.get(); }
+  std::size_t n_hashes() const noexcept { return n_hashes_; }
 
-  // False if this is no batch, or not one that is framed in the usual way.
-  bool split(const std::uint8_t* data, std::size_t size, std::uint64_t group_idx) {
+  // Whether all parts are runs, and those that do not lie on the GPU have no more than `most` events together.
+  bool plain_within(std::size_t most) const noexcept {
+    std::size_t elsewhere = 0;
+    for (const KvPart& part : parts) {
+      if (!part.plain) return false;
+      if (!part.medium.empty()) elsewhere += part.n_events;
+    }
+    return parts.size() + elsewhere <= most;
+  }
+
+  // False if this is no batch, or not one that is framed in the usual way, or if it has more than max_parts
+  // parts: it is given up then, so that what is done for a part is bounded whatever a message alternates.
+  bool split(const std::uint8_t* data, std::size_t size, std::uint64_t group_idx, std::size_t max_parts) {
     data_ = data;
     size_ = size;
     group_idx_ = group_idx;
+    max_parts_ = max_parts;
     if (size < 10 || (data[0] != 0x92 && data[0] != 0x93) || data[1] != 0xcb) return false;
     std::uint64_t bits;
     std::memcpy(&bits, data + 2, sizeof bits);
@@ -74,8 +90,6 @@ class KvBatch {
  private:
   static constexpr std::size_t kNowhere = kNoIntegers, kMaxDepth = 32;
   static constexpr std::uint8_t kNil = 0xc0;
-  // Real events are longer; a message of millions of nils must not become as many parts.
-  static constexpr std::size_t kFewParts = 64, kPartBytes = 32;
 
   enum Field { kHashes, kParent, kTokens, kBlockSize, kLoraId, kMedium, kLoraName, kExtraKeys, kGroup, kSalt, kOther };
   struct Name {
@@ -113,20 +127,26 @@ class KvBatch {
     if (read_plain(at, read, removal)) {
       if ((read.group != kNoId && read.group != group_idx_) || (!removal && read.n_tokens == 0)) {
         ++ignored;
-      } else {
-        enter(read, removal, begin, at);
+        return at;
       }
-      return at;
+      return enter(read, removal, begin, at) ? at : kNowhere;
     }
     const std::size_t end = skip(begin);
-    if (parts.size() > kFewParts + size_ / kPartBytes) return kNowhere;
-    if (end != kNowhere) parts.push_back({false, begin, end, 0, 0, 0, {}, {}, 0, kNoId});
-    return end;
+    return end != kNowhere && begin_part(false, begin, end) ? end : kNowhere;
   }
 
-  void enter(const Read& read, bool removal, std::size_t begin, std::size_t end) {
-    if (parts.empty() || !joins(parts.back(), read, removal))
-      parts.push_back({true, begin, end, 0, 0, 0, read.medium, {}, 0, kNoId});
+  // False if there would be too many.
+  bool begin_part(bool plain, std::size_t begin, std::size_t end) {
+    if (parts.size() == max_parts_) return false;
+    parts.push_back({plain, begin, end, events.size(), n_hashes_, n_tokens_});
+    return true;
+  }
+
+  bool enter(const Read& read, bool removal, std::size_t begin, std::size_t end) {
+    if (parts.empty() || !joins(parts.back(), read, removal)) {
+      if (!begin_part(true, begin, end)) return false;
+      parts.back().medium = read.medium;
+    }
     KvPart& run = parts.back();
     if (!removal) {
       run.block_size = read.block_size;
@@ -145,6 +165,7 @@ class KvBatch {
     run.n_tokens += read.n_tokens;
     n_hashes_ += read.n_hashes;
     n_tokens_ += read.n_tokens;
+    return true;
   }
 
   static bool joins(const KvPart& run, const Read& read, bool removal) {
@@ -330,6 +351,7 @@ class KvBatch {
   const std::uint8_t* data_ = nullptr;
   std::size_t size_ = 0;
   std::uint64_t group_idx_ = 0;
+  std::size_t max_parts_ = 0;
   // As long as the message, since an integer takes a byte; no page is touched before something is written.
   std::unique_ptr<std::uint64_t[]> hashes_;
   std::unique_ptr<std::uint32_t[]> tokens_;

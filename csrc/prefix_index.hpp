@@ -449,7 +449,7 @@ class PrefixIndex {
   std::int64_t append_named(Row row, NodeId node, std::uint32_t offset, const std::uint64_t* hashes,
                             const Key* keys, std::size_t n_keys, bool counts_copies) {
     return claim_names(row, hashes, n_keys) ? store_new_names(row, node, offset, hashes, keys, n_keys)
-                                            : store_one_by_one(row, node, offset, hashes, keys, n_keys, counts_copies);
+                                            : store_any_names(row, node, offset, hashes, keys, n_keys, counts_copies);
   }
 
   std::int64_t store_new_names(Row row, NodeId node, std::uint32_t offset, const std::uint64_t* hashes,
@@ -464,29 +464,32 @@ class PrefixIndex {
     return newly;
   }
 
-  // The general case: a name may be here already, or move here from another block, even one of this path.
-  std::int64_t store_one_by_one(Row row, NodeId node, std::uint32_t offset, const std::uint64_t* hashes,
-                                const Key* keys, std::size_t n_keys, bool counts_copies) {
-    std::int64_t newly = 0;
-    for (std::size_t i = 0; i < n_keys; ++i) {
-      segments_.clear();
-      newly += hold(row, node, offset, keys + i, 1);
-      const Segment segment = segments_.front();
+  // The general case: a name may be here already, or move here from another block, even one of this path. Blocks
+  // that lose their last name are let go together at the end: to cut each out of its edge by itself would copy the
+  // rest of the edge for each.
+  std::int64_t store_any_names(Row row, NodeId node, std::uint32_t offset, const std::uint64_t* hashes,
+                               const Key* keys, std::size_t n_keys, bool counts_copies) {
+    segments_.clear();
+    const std::int64_t newly = hold(row, node, offset, keys, n_keys);
+    FlatMap nameless;  // blocks that are held and have no name any more
+    for (const Segment& segment : segments_) {
       tree_.give_ids(segment.node);
-      const BlockId block = tree_.node(segment.node).ids[segment.from];
-      const BlockId old = state(row).names.find(hashes[i]);
-      if (old == block) {
-        if (counts_copies) add_one(state(row).extra_copies, hashes[i]);
-      } else {
-        name(row, hashes[i], block, segment.held_before);
-        if (old != FlatMap::kAbsent) {
-          state(row).extra_copies.erase(hashes[i]);
-          if (tree_.drop_name(row, old)) drop_blocks(row, {old});
+      for (std::uint32_t i = 0; i < segment.count; ++i, ++hashes) {
+        const BlockId block = tree_.node(segment.node).ids[segment.from + i];
+        const BlockId old = state(row).names.find(*hashes);
+        if (old == block) {
+          if (counts_copies) add_one(state(row).extra_copies, *hashes);
+          continue;
         }
+        name(row, *hashes, block, segment.held_before && nameless.erase(block) == FlatMap::kAbsent);
+        if (old == FlatMap::kAbsent) continue;
+        state(row).extra_copies.erase(*hashes);
+        if (tree_.drop_name(row, old)) nameless.set(old, 0);
       }
-      node = tree_.block_node(block);  // dropping the old block may have split this one's edge
-      offset = tree_.block_offset(block) + 1;
     }
+    std::vector<BlockId> dropped;
+    nameless.for_each([&dropped](std::uint64_t block, std::uint32_t) { dropped.push_back(static_cast<BlockId>(block)); });
+    drop_blocks(row, std::move(dropped));
     return newly;
   }
 

@@ -12,6 +12,7 @@
 #include <string>
 #include <thread>
 
+#include "kv_apply.hpp"
 #include "kv_events.hpp"
 #include "select.hpp"
 #include "xxh3.hpp"
@@ -349,6 +350,7 @@ int failing_allocations() {
       index.apply_run(0, run, 2, fresh.data() + 15, path.data(), true);
       index.store_named(0, false, 0, path.data(), path.data(), 10);
       index.store_named(0, true, 9, other.data() + 20, other.data() + 20, 30);
+      index.store_named(0, false, 0, path.data() + 30, other.data() + 20, 20);  // names that move
       index.remove_named(0, path.data() + 15, 10);
       index.store(1, path.data(), path.size());
       index.discard(1, path.data(), path.size(), 5);
@@ -380,14 +382,51 @@ void hash_all_lengths() {
   }
   require(sum != 0, "hash");
   for (std::size_t size = 1; size <= 40; ++size) {
-    const std::vector<std::uint32_t> tokens(3 * size, 0x5A5A);
+    std::vector<std::uint32_t> tokens(3 * size);
+    for (std::size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<std::uint32_t>(i);
     std::vector<std::uint64_t> keys(3);
     mulsched::hash_blocks(tokens.data(), 3, size, 7, keys.data());
-    require(keys[2] == mulsched::xxh3_64(tokens.data(), 4 * size, 7), "keys of blocks");
+    for (std::size_t i = 0; i < 3; ++i)
+      require(keys[i] == mulsched::xxh3_64(tokens.data() + i * size, 4 * size, 7), "keys of blocks");
   }
 }
 
-// Messages with bytes changed anywhere, each in a buffer that ends where it ends.
+// Names that all move to other blocks, and blocks of which another row holds all: neither may cut an edge once for
+// each block, which would allocate as often.
+void long_paths_of_used_names() {
+  constexpr std::size_t n = 4096;
+  Path names(n), path(n), other(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    names[i] = i;
+    path[i] = n + i;
+    other[i] = 2 * n + i;
+  }
+  PrefixIndex index;
+  for (mulsched::Row row = 0; row < 2; ++row) index.add_row(row, -1, true);
+  index.store_named(0, false, 0, names.data(), path.data(), n);
+  index.store_named(1, false, 0, names.data(), other.data(), 1);
+  allocations_left = n / 8;
+  index.store_named(0, false, 0, names.data(), other.data(), n);
+  index.store_named(1, false, 0, names.data(), other.data(), n);
+  // not by what is thrown: shrink_to_fit catches it
+  require(allocations_left > 0, "an edge is cut once for each block");
+  allocations_left = -1;
+  require(index.check().empty() && index.blocks(0) == n && index.blocks(1) == n && index.nodes() == 1, "moved names");
+}
+
+// Removals from two media by turns become a run each: a message of them is given up at the limit.
+void too_many_parts() {
+  std::string message("\x92\xcb\0\0\0\0\0\0\0\0\xdc\3\xe8", 13);
+  for (int i = 0; i < 500; ++i)
+    message += std::string("\x93\xac" "BlockRemoved\x91\1\xc0\x93\xac" "BlockRemoved\x91\1\xa3" "CPU");
+  const auto* data = reinterpret_cast<const std::uint8_t*>(message.data());
+  mulsched::KvBatch within, beyond;
+  require(within.split(data, message.size(), 0, 1000) && within.parts.size() == 1000, "as many parts as the limit");
+  require(!beyond.split(data, message.size(), 0, 100) && beyond.parts.size() == 100, "more parts than the limit");
+  require(within.plain_within(1500) && !within.plain_within(1499), "the events of other media count too");
+}
+
+// Messages with bytes changed anywhere, each in a buffer that ends where it ends; what is read of them is applied.
 std::size_t broken_messages(int rounds) {
   const std::string head("\x93\xcb\0\0\0\0\0\0\0\0\xdc\0\3", 13);
   const std::string stored =
@@ -398,13 +437,16 @@ std::size_t broken_messages(int rounds) {
   const std::string whole = head + stored + removed + "\x92\xa5Other\xc4\2\1\2" + "\xc0";
   std::mt19937_64 rng(11);
   std::size_t split = 0;
+  PrefixIndex index;
+  index.add_row(0, -1, true);
   for (int round = 0; round < rounds; ++round) {
     std::string message = whole;
+    if (rng() % 2 == 0) message.replace(message.find("CPU"), 3, "GPU");
     for (std::uint64_t n = rng() % 3; n > 0; --n) message[rng() % message.size()] = static_cast<char>(rng());
     if (rng() % 4 == 0) message.resize(rng() % message.size());
     const std::vector<std::uint8_t> exact(message.begin(), message.end());
     mulsched::KvBatch batch;
-    if (!batch.split(exact.data(), exact.size(), 0)) continue;
+    if (!batch.split(exact.data(), exact.size(), 0, 8)) continue;
     ++split;
     std::size_t end = 0, events = 0, hashes = 0;
     std::uint64_t blocks = 0;
@@ -416,6 +458,12 @@ std::size_t broken_messages(int rounds) {
     }
     for (const mulsched::KvEvent& event : batch.events) blocks += event.n_blocks;
     require(events == batch.events.size() && hashes == blocks, "a run's arrays");
+    PrefixIndex::Applied applied;
+    std::size_t at = 0;
+    for (; at < batch.parts.size(); ++at)
+      at = mulsched::apply_parts(index, 0, batch, at, 4, 1337, true, applied);
+    require(static_cast<std::uint64_t>(applied.blocks_stored + applied.blocks_removed) <= blocks, "blocks applied");
+    require(index.check().empty(), "broken by a message");
   }
   return split;
 }
@@ -428,6 +476,8 @@ int main(int argc, char** argv) {
   for (int round = 0; round < rounds; ++round) against_model(static_cast<std::uint64_t>(round), 400);
   for (int round = 0; round < 100 * rounds; ++round) tiers_against_model(static_cast<std::uint64_t>(round));
   readers_and_a_writer();
+  long_paths_of_used_names();
+  too_many_parts();
   const std::size_t split = broken_messages(2000 * rounds);
   require(split > 0, "no message is split");
   const int failed = failing_allocations();

@@ -63,7 +63,7 @@ cdef extern from "kv_event.hpp" namespace "mulsched" nogil:
 cdef extern from "kv_events.hpp" namespace "mulsched" nogil:
     cdef cppclass CKvPart "mulsched::KvPart":
         cbool plain
-        size_t begin, end, n_events, n_hashes, n_tokens
+        size_t begin, end, first_event, first_hash, first_token, n_events, n_hashes, n_tokens
         string_view medium, lora_name
         uint64_t block_size, lora_id
 
@@ -77,7 +77,9 @@ cdef extern from "kv_events.hpp" namespace "mulsched" nogil:
         vector[CKvEvent] events
         const uint64_t* hashes()
         const uint32_t* tokens()
-        cbool split(const uint8_t*, size_t, uint64_t) except +
+        size_t n_hashes()
+        cbool plain_within(size_t) noexcept
+        cbool split(const uint8_t*, size_t, uint64_t, size_t) except +
 
 cdef extern from "prefix_tree.hpp" namespace "mulsched" nogil:
     uint32_t common_prefix_or(uint32_t, const uint64_t*, size_t, const uint64_t*, size_t) noexcept
@@ -119,6 +121,10 @@ cdef extern from "prefix_index.hpp" namespace "mulsched" nogil:
         string check() except +
         vector[CEdge] edges() except +
         vector[vector[uint64_t]] lru(uint32_t) except +
+
+cdef extern from "kv_apply.hpp" namespace "mulsched" nogil:
+    size_t c_apply_parts "mulsched::apply_parts"(
+        CPrefixIndex&, uint32_t, const CKvBatch&, size_t, size_t, uint64_t, cbool, CApplied&) except +
 
 cdef extern from "select.hpp" namespace "mulsched" nogil:
     const size_t kColumns
@@ -417,45 +423,93 @@ cdef object text_or_none(string_view text):
     return text.data()[:text.size()].decode("ascii") if text.size() > 0 else None
 
 
-def split_kv_events(data, uint64_t group_idx):
-    """Return (timestamp, rank, ignored events, parts) of a batch, or None for what is framed in another way.
+@cython.final
+@cython.freelist(8)
+cdef class KvMessage:
+    """A batch of KV events, split into parts: runs of plain events, and single events that are not plain."""
 
-    A part is a run of plain events (medium, lora_name, lora_id, block_size, table, block_hashes, token_ids),
-    as in ``mulsched.types.EventRun``, or the place (begin, end) of an event that is not plain.
-    """
-    cdef Py_buffer view
     cdef CKvBatch batch
-    cdef CKvPart* part
-    cdef CKvEvent* events
-    cdef const uint64_t* hashes
-    cdef const uint32_t* tokens
-    cdef size_t i
-    cdef list parts = []
-    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-    try:
-        if not batch.split(<const uint8_t*> view.buf, <size_t> view.len, group_idx):
-            return None
-        events, hashes, tokens = batch.events.data(), batch.hashes(), batch.tokens()
-        for i in range(batch.parts.size()):
-            part = &batch.parts[i]
-            if not part.plain:
-                parts.append((part.begin, part.end))
-                continue
-            parts.append((
-                text_or_none(part.medium),
-                text_or_none(part.lora_name),
-                None if part.lora_id == kNoId else part.lora_id,
-                part.block_size,
-                array_of(events, part.n_events, sizeof(CKvEvent), (part.n_events, 3), uint64_dtype),
-                array_of(hashes, part.n_hashes, sizeof(uint64_t), part.n_hashes, uint64_dtype),
-                array_of(tokens, part.n_tokens, sizeof(uint32_t), part.n_tokens, uint32_dtype),
-            ))
-            events += part.n_events
-            hashes += part.n_hashes
-            tokens += part.n_tokens
-        return batch.timestamp, None if batch.rank == kNoId else batch.rank, batch.ignored, parts
-    finally:
-        PyBuffer_Release(&view)
+    cdef bytes data  # in which the batch's texts lie
+
+    def __len__(self):
+        """Return how many parts there are."""
+        return self.batch.parts.size()
+
+    @property
+    def timestamp(self):
+        """When, in seconds on the engine's clock."""
+        return self.batch.timestamp
+
+    @property
+    def rank(self):
+        """The data-parallel rank, or None."""
+        return None if self.batch.rank == kNoId else self.batch.rank
+
+    @property
+    def ignored(self):
+        """How many events are of another cache group, or without tokens."""
+        return self.batch.ignored
+
+    def plain_within(self, size_t most):
+        """Return whether all parts are runs, those of other media than the GPU of at most ``most`` events."""
+        return self.batch.plain_within(most)
+
+    def part(self, size_t position):
+        """Return a run (medium, lora_name, lora_id, block_size, table, block_hashes, token_ids).
+
+        As in ``mulsched.types.EventRun``; of an event that is not plain, its place (begin, end).
+        """
+        if position >= self.batch.parts.size():
+            raise IndexError(f"one of {self.batch.parts.size()} parts expected, got {position}")
+        cdef CKvPart* part = &self.batch.parts[position]
+        if not part.plain:
+            return part.begin, part.end
+        return (
+            text_or_none(part.medium),
+            text_or_none(part.lora_name),
+            None if part.lora_id == kNoId else part.lora_id,
+            part.block_size,
+            array_of(self.batch.events.data() + part.first_event, part.n_events, sizeof(CKvEvent),
+                     (part.n_events, 3), uint64_dtype),
+            array_of(self.batch.hashes() + part.first_hash, part.n_hashes, sizeof(uint64_t), part.n_hashes,
+                     uint64_dtype),
+            array_of(self.batch.tokens() + part.first_token, part.n_tokens, sizeof(uint32_t), part.n_tokens,
+                     uint32_dtype),
+        )
+
+    def apply(self, PrefixIndex index not None, uint32_t row, size_t begin, size_t block_size, uint64_t seed,
+              cbool counts_copies):
+        """Apply the parts from ``begin`` on, up to the first that is no run of such blocks on the GPU.
+
+        Return which that is, and what ``PrefixIndex.apply_run`` would.
+        """
+        cdef CApplied applied
+        if block_size < 1:
+            raise ValueError("block_size must be at least 1")
+        if self.batch.events.size() <= STORE_BLOCKS_WITH_GIL and self.batch.n_hashes() <= STORE_BLOCKS_WITH_GIL:
+            begin = c_apply_parts(index.index.get()[0], row, self.batch, begin, block_size, seed, counts_copies,
+                                  applied)
+        else:
+            with nogil:
+                begin = c_apply_parts(index.index.get()[0], row, self.batch, begin, block_size, seed,
+                                      counts_copies, applied)
+        return begin, (applied.blocks_stored, applied.stores_refused, applied.blocks_removed,
+                       applied.blocks_known)
+
+
+def split_kv_events(bytes data not None, uint64_t group_idx, size_t max_parts):
+    """Return a batch in parts; None for what is framed in another way, or has more parts than ``max_parts``."""
+    cdef KvMessage message = KvMessage.__new__(KvMessage)
+    cdef const uint8_t* start = data
+    message.data = data
+    cdef size_t size = <size_t> len(data)
+    cdef cbool framed
+    if size <= HASH_BYTES_WITH_GIL:
+        framed = message.batch.split(start, size, group_idx, max_parts)
+    else:
+        with nogil:
+            framed = message.batch.split(start, size, group_idx, max_parts)
+    return message if framed else None
 
 
 # -- prefix index ---------------------------------------------------------------------------------------

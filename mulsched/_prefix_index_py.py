@@ -598,26 +598,29 @@ class PrefixIndexPy:
     ) -> int:
         """Store named blocks after ``offset`` blocks of ``node``; return blocks newly held."""
         state = self._tree.rows[row]
-        newly = 0
-        for name, key in zip(hashes.tolist(), keys.tolist(), strict=True):
-            new, [(holder, at, _, held_before)] = self._hold(row, node, offset, [key])
-            newly += new
+        newly, segments = self._hold(row, node, offset, keys.tolist())
+        blocks: list[tuple[_Block, bool]] = []
+        for holder, first, count, held_before in segments:
             self._tree.give_blocks(holder)
-            block = holder.blocks[at]
+            blocks += [(block, held_before) for block in holder.blocks[first : first + count]]
+        nameless: dict[_Block, None] = {}  # held, and let go together at the end
+        for name, (block, held_before) in zip(hashes.tolist(), blocks, strict=True):
             old = state.names.get(name)
             if old is block:
                 if counts_copies:
                     _add_one(state.extra_copies, name)
-            else:
-                # the name may move here from another block, even one of this path
-                state.names[name] = block
-                if held_before:
-                    _add_one(state.extra_names, block)
-                if old is not None:
-                    state.extra_copies.pop(name, None)
-                    if self._drop_name(state, old):
-                        self._drop_blocks(row, [old])
-            node, offset = block.node, block.offset + 1
+                continue
+            # the name may move here from another block, even one of this path
+            state.names[name] = block
+            if block in nameless:
+                del nameless[block]
+            elif held_before:
+                _add_one(state.extra_names, block)
+            if old is not None:
+                state.extra_copies.pop(name, None)
+                if self._drop_name(state, old):
+                    nameless[old] = None
+        self._drop_blocks(row, list(nameless))
         return newly
 
     def _evict(self, row: int) -> None:

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from mulsched.commands import check, demo, endpoint_picker, info, mock_engine, replay, report, serve, trace
 from mulsched.errors import MulschedError
@@ -23,10 +24,17 @@ COMMANDS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes options by their whole names: a shortened one would mean another when a longer one comes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, or 2 for bad input (with one line that says why)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="mulsched", description="LLM request scheduling by one product.")
+    parser = _Parser(prog="mulsched", description="LLM request scheduling by one product.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(commands)

@@ -17,7 +17,7 @@ from typing import Any
 
 from mulsched.errors import InvalidArgument, InvalidType
 
-__all__ = ["Prompt", "StandIn", "conversation", "parse_prompt", "render", "text_of"]
+__all__ = ["Prompt", "StandIn", "conversation", "encodable", "parse_prompt", "render", "text_of"]
 
 StandIn = Callable[[str], str]
 """Takes the JSON of content that is not text; returns what stands for it in the text."""
@@ -61,7 +61,7 @@ def parse_prompt(body: Mapping[str, Any]) -> Prompt:
     if not text and not token_ids:
         raise InvalidArgument("the prompt is empty")
     return Prompt(
-        text=None if text is None else _valid(text),
+        text=None if text is None else encodable(text),
         token_ids=token_ids,
         model=_text_field(body, "model"),
         cache_salt=_text_field(body, "cache_salt"),
@@ -150,10 +150,11 @@ def _given(body: Mapping[str, Any]) -> tuple[str | None, list[int] | None]:
 
 def _text_field(body: Mapping[str, Any], name: str) -> str | None:
     value = body.get(name)
-    return _valid(value) if isinstance(value, str) else None
+    return encodable(value) if isinstance(value, str) else None
 
 
-def _valid(text: str) -> str:
+def encodable(text: str) -> str:
+    """Return a text without lone surrogates, which UTF-8 has not and tokenizers refuse: they are replaced."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -11,7 +11,7 @@ path, N the number of tree nodes.
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from mulsched.errors import (
     UnknownInstance,
 )
 from mulsched.types import EngineHash, Keys, RunApplied
+
+if TYPE_CHECKING:
+    from mulsched._native import KvMessage
 
 __all__ = ["Backend", "PrefixIndex", "as_hashes", "as_keys"]
 
@@ -390,6 +393,31 @@ class PrefixIndex:
             applied = RunApplied._make(counted)
             self.removed_unknown += applied.blocks_removed - applied.blocks_known
             return applied
+
+    def apply_message(
+        self,
+        instance: str,
+        message: "KvMessage",
+        begin: int,
+        block_size: int,
+        seed: int,
+        counts_copies: bool,
+    ) -> tuple[int, tuple[int, int, int, int]]:
+        """Apply the runs of a message that the core has split, from ``begin`` on.
+
+        Each as ``apply_run``, with block keys seeded by ``seed`` and the run's adapter, up to the first run
+        on another medium than the GPU or of blocks of another size; none where the instance is not there or
+        not named. Returns where that is, and what became of those before, as a ``RunApplied``. O(D + W)
+        amortised.
+        """
+        with self._lock:
+            row = self._rows.get(instance)
+            if row is None or self._kind[instance] != "named":
+                return begin, (0, 0, 0, 0)
+            done = message.apply(self._tree, row, begin, block_size, seed, counts_copies)
+            _, _, removed, known = done[1]
+            self.removed_unknown += removed - known
+            return done
 
     def discard(self, instance: str, keys: Keys, *, start: int = 0) -> int:
         """Stop holding blocks ``start`` and later of the path ``keys``; return how many were held.

@@ -13,14 +13,14 @@ import numpy as np
 
 from mulsched.block_keys import block_keys
 from mulsched.errors import InvalidArgument, InvalidType
-from mulsched.openai_prompt import parse_prompt
+from mulsched.openai_prompt import encodable, parse_prompt
 from mulsched.prompt_routing import CHARACTERS_PER_TOKEN, UNREADABLE, PromptKeys, namespace_of, prompt_keys
 from mulsched.tokenizer import Tokenizer
 from mulsched.types import Namespace
 
 __all__ = ["PromptReader"]
 
-# Shorter texts are tokenized on the event loop, in about a millisecond.
+# Shorter texts are tokenized on the event loop, in a millisecond or two.
 _THREAD_CHARACTERS = 4_096
 
 
@@ -41,6 +41,10 @@ class PromptReader:
         self._block_size = block_size
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        # of one unit as ever, which in blocks of one token is a whole block and must have a key
+        one_token = PromptKeys(np.zeros(1, dtype=np.uint64), 1)
+        self.unreadable = UNREADABLE if self.router_block_size > 1 else one_token
+        """What ``read`` returns for a prompt that cannot be read; its length is 1."""
 
     @property
     def router_block_size(self) -> int:
@@ -53,14 +57,14 @@ class PromptReader:
         return 1 if self._tokenizer is not None else CHARACTERS_PER_TOKEN
 
     async def read(self, body: Mapping[str, Any], *, adapter: bool = False) -> PromptKeys:
-        """Return what the prompt is routed by: ``UNREADABLE`` if it cannot be read.
+        """Return what the prompt is routed by: ``unreadable`` if it cannot be read.
 
         ``adapter``: its model is one of another model's. Long texts are tokenized in a thread.
         """
         try:
             prompt = parse_prompt(body)
         except (InvalidArgument, InvalidType):
-            return UNREADABLE
+            return self.unreadable
         if self._tokenizer is None:
             return prompt_keys(prompt, self.router_block_size)
         namespace = namespace_of(prompt)
@@ -73,19 +77,20 @@ class PromptReader:
         text, whole = prompt.text, "messages" not in body
         if self._chat_template is not None and not whole:
             try:
-                text = self._chat_template(body)
+                text = encodable(self._chat_template(body))
             except InvalidArgument:
-                return UNREADABLE
+                return self.unreadable
         if len(text) < _THREAD_CHARACTERS:
             tokens = self._tokens(text, whole)
         else:
             tokens = await asyncio.to_thread(self._tokens, text, whole)
-        return self._of_tokens(tokens, namespace) if len(tokens) else UNREADABLE
+        return self._of_tokens(tokens, namespace) if len(tokens) else self.unreadable
 
     def _tokens(self, text: str, whole: bool) -> Sequence[int]:
         """Return the tokens of a text; to a ``whole`` prompt the model's own start is added."""
         assert self._tokenizer is not None
-        ids: Sequence[int] = self._tokenizer.encode(text, add_special_tokens=whole).ids
+        # not ``encode``, which keeps Python's lock to its end and takes longer, for short texts too
+        ids: Sequence[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=whole)[0].ids
         return ids
 
     def _of_tokens(self, tokens: Sequence[int], namespace: Namespace | None) -> PromptKeys:

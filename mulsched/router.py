@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,9 @@ if BACKEND == "native":
     from mulsched._native import FusedScore
     from mulsched._native import pick as pick_fused
     from mulsched._native import select as select_fused
+
+if TYPE_CHECKING:
+    from mulsched._native import KvMessage
 
 __all__ = ["InFlight", "Router"]
 
@@ -657,6 +660,20 @@ class Router:
                 self._observe(run.instance)
             return self._index.apply_run(
                 run.instance, run.table, run.block_hashes, keys, counts_copies=run.counts_copies
+            )
+
+    def apply_message(
+        self, instance: str, message: "KvMessage", *, begin: int, counts_copies: bool
+    ) -> tuple[int, tuple[int, int, int, int]]:
+        """Apply a message's runs from ``begin`` on, each as ``apply_run`` would, and make no arrays of them.
+
+        Stops at a run that the core leaves to ``apply_run``: on another medium than the GPU, of blocks of
+        another size, or of an instance that is not there or whose cache is predicted. Returns where it
+        stopped, and what became of the runs before, as a ``RunApplied``.
+        """
+        with self._lock:
+            return self._index.apply_message(
+                instance, message, begin, self._block_size, self._key_seed, counts_copies
             )
 
     def _block_size_mismatch(self, event: BlockStored | EventRun) -> BlockSizeMismatch:

@@ -14,6 +14,9 @@ class Tokenizer(Protocol):
     def encode(self, sequence: str, /, *, add_special_tokens: bool = ...) -> Any:
         """Return an object whose ``ids`` are the tokens of a text."""
 
+    def encode_batch_fast(self, input: list[str], /, *, add_special_tokens: bool = ...) -> Any:
+        """Return such an object for each text, and let other threads run meanwhile."""
+
 
 def load_tokenizer(name: str) -> Tokenizer:
     """Return the tokenizer of a model's directory, a ``tokenizer.json``, or a model on Hugging Face's hub.

@@ -1,5 +1,7 @@
 """Fixtures that every part of the suite may use."""
 
+import gc
+
 import pytest
 from backends import BACKENDS, new_backend
 from hypothesis import settings
@@ -17,6 +19,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     None leaves the whole suite to xdist, which starts a process for every core.
     """
     return None if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
+def pytest_collection_finish() -> None:
+    """Keep the modules and tests that are there now out of garbage collection.
+
+    Hypothesis collects all garbage in each new thread, and mulsched.testing checks a score in one: with the
+    whole suite in memory that took longer than most checks.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=BACKENDS)

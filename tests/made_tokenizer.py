@@ -11,3 +11,6 @@ class MadeTokenizer:
 
     def encode(self, text, /, *, add_special_tokens=True):
         return SimpleNamespace(ids=self._encode(text, whole=add_special_tokens))
+
+    def encode_batch_fast(self, texts, /, *, add_special_tokens=True):
+        return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]

@@ -65,9 +65,10 @@ class ModelIndex:
 
     def store_named_after(self, row, path, hashes, keys, counts_copies=True):
         names, prefix, newly = self.names[row], tuple(path), 0
+        before = self.held(row)
         for name, key in zip(hashes, keys, strict=True):
             prefix = (*prefix, key)
-            newly += prefix not in self.held(row)
+            newly += prefix not in before
             copies = names.get(name, [])
             if prefix not in copies:
                 names[name] = [prefix]

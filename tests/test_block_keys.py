@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xxhash
 from backends import BACKENDS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mulsched import Namespace, _block_keys_py, block_keys, text_block_keys
@@ -210,7 +210,6 @@ NAMES = st.none() | st.sampled_from(["", "a", "b", "ab", "aba", "b\x00a"])
 SPACES = st.builds(Namespace, lora=NAMES, model=NAMES, cache_salt=NAMES)
 
 
-@settings(deadline=None)
 @given(SPACES, SPACES)
 def test_different_namespaces_never_match(one, other):
     same = (block_keys(TOKENS, 2, namespace=one) == block_keys(TOKENS, 2, namespace=other)).tolist()
@@ -251,7 +250,6 @@ def test_multimodal_content_tells_equal_tokens_apart():
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
-@settings(deadline=None)
 @given(TEXT, st.integers(1, 9), st.integers(0, 2**64 - 1))
 def test_text_is_cut_by_characters_and_hashed_as_utf_8(text, size, seed):
     expected = [
@@ -312,7 +310,6 @@ def test_what_is_no_engine_hash_is_refused(value, error):
 # -- parity ---------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(-2, 2**32 + 1) | st.integers(0, 50_000), max_size=60),
     st.integers(1, 20),

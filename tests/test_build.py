@@ -21,6 +21,9 @@ if (ROOT / "setup.py").exists():
             )
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, tmp_path / name)
+        translated = Path("build", "cython")  # the .pyx files, by the build: not once more
+        if (ROOT / translated).exists():
+            shutil.copytree(ROOT / translated, tmp_path / translated)
         env = {k: v for k, v in os.environ.items() if not k.startswith("MULSCHED_")} | environment
         return subprocess.run(
             [sys.executable, "setup.py", "-q", *arguments],

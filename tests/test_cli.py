@@ -237,6 +237,13 @@ def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
     assert message in error[0]
 
 
+@pytest.mark.parametrize("command", [["replay", "--rate", "2"], ["trace", "generate", "t", "--rate", "2"]])
+def test_options_are_taken_by_their_whole_names(capsys, command):
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "unrecognized arguments: --rate" in capsys.readouterr().err
+
+
 def test_info_tells_backend_and_policies(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out

@@ -88,7 +88,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(OPERATIONS, st.lists(st.lists(KEYS, min_size=1, max_size=7), max_size=5))
 def test_both_indexes_match_alike(operations, paths):
     both = Both()

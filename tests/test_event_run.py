@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from backends import BACKENDS, new_backend
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mulsched import (
@@ -171,7 +171,6 @@ RUNS = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.lists(RUNS, max_size=3), st.booleans(), st.booleans())
 def test_a_run_does_what_its_events_do_one_by_one(runs, counts_copies, predicted):
     instance = {"cache_blocks": 5} if predicted else {}
@@ -184,7 +183,6 @@ def test_a_run_does_what_its_events_do_one_by_one(runs, counts_copies, predicted
     assert content(at_once) == content(singly)
 
 
-@settings(deadline=None)
 @given(st.lists(RUNS, max_size=3), st.booleans())
 def test_the_twins_agree_on_runs(runs, counts_copies):
     results = []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from backends import BACKENDS
 from columns import make_columns
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mulsched import Router, failure
@@ -448,7 +448,6 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(arrivals=st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=100))
 def test_the_paper_watches_classes_of_which_few_have_more_hits(arrivals):
     detector = PaperDetector(30.0)
@@ -463,7 +462,6 @@ def test_the_paper_watches_classes_of_which_few_have_more_hits(arrivals):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(deadline=None)
 @given(steps=STEPS)
 def test_counts_are_those_of_a_naive_model(name, steps):
     occupancy, flight = CORES[name](3.0, 2.0), {}
@@ -489,7 +487,6 @@ def test_what_was_examined_in_memory_since_freed_is_not_taken_for_what_is_dispat
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(deadline=None)
 @given(steps=STEPS, order=st.permutations(range(3)))
 def test_the_order_of_candidates_does_not_matter(name, steps, order):
     one, other = CORES[name](0.5, 2.0), CORES[name](0.5, 2.0)
@@ -499,7 +496,6 @@ def test_the_order_of_candidates_does_not_matter(name, steps, order):
         assert told == other.dispatch(i, keys_of(path), moved, LOADS, weight, order.index(chosen))
 
 
-@settings(deadline=None)
 @given(steps=STEPS, confidence=st.sampled_from([0.1, 1.0, 3.0]), horizon=st.sampled_from([0.5, 2.0, 9.0]))
 def test_the_twins_agree(steps, confidence, horizon):
     cores = [CORES[name](confidence, horizon) for name in BACKENDS]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from backends import BACKENDS, new_backend
 from columns import columns, make_columns
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mulsched import _columns_py
@@ -104,7 +104,6 @@ def test_a_subset_keeps_every_column_of_who_is_left(c, data):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(deadline=None)
 @given(
     paths=st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 2), max_size=5)), max_size=6),
     flying=st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 2), max_size=5)), max_size=3),
@@ -145,7 +144,6 @@ def test_filled_columns_follow_their_formulas(name, paths, flying, keys, rest, l
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(deadline=None)
 @given(
     paths=st.lists(
         st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 5), st.integers(0, 5)), max_size=8

@@ -320,7 +320,7 @@ CALLS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(calls=CALLS, rate=st.sampled_from([None, 5.0, 50.0]), remember_s=st.sampled_from([0.0, 2.0, 100.0]))
 def test_whatever_comes_the_load_is_that_of_the_reserved_requests(calls, rate, remember_s):
     lives = lifecycle("a", "b", prefill_tokens_per_s=rate, expire_after_s=20.0, remember_s=remember_s)
@@ -342,7 +342,7 @@ def test_whatever_comes_the_load_is_that_of_the_reserved_requests(calls, rate, r
     assert load(lives, "a") == load(lives, "b") == IDLE
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(order=st.permutations(["route", "first_token", "finish"]), again=st.integers(0, 2))
 def test_a_life_in_any_order_leaves_nothing_but_the_cached_prompt(order, again):
     lives = lifecycle("a")

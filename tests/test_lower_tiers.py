@@ -4,7 +4,7 @@ from math import ceil
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mulsched import BlockRemoved, BlockStored, CacheCleared, Multiplicative, Router
@@ -293,7 +293,6 @@ def expected(held, ratios, instance, prompt_tokens):
     return ends[0], ends[-1] - ends[0], prompt_tokens - ends[-1] + ceil(cost)
 
 
-@settings(deadline=None)
 @given(RATIOS, OPERATIONS, st.integers(1, 42))
 def test_a_router_counts_what_a_naive_model_counts(ratios, operations, prompt_tokens):
     r = router(ratios)
@@ -305,7 +304,6 @@ def test_a_router_counts_what_a_naive_model_counts(ratios, operations, prompt_to
         index.check()
 
 
-@settings(deadline=None)
 @given(RATIOS, OPERATIONS, st.sampled_from(MEDIA), st.integers(0, 9))
 def test_a_block_more_on_any_medium_never_makes_an_instance_look_worse(ratios, operations, medium, block):
     r = router(ratios)
@@ -320,7 +318,6 @@ def test_a_block_more_on_any_medium_never_makes_an_instance_look_worse(ratios, o
     assert after.columns.p_tokens[0] >= 1
 
 
-@settings(deadline=None)
 @given(OPERATIONS, st.integers(1, 42))
 def test_at_a_ratio_of_1_a_tier_is_worth_nothing(operations, prompt_tokens):
     decisions = []
@@ -334,7 +331,6 @@ def test_at_a_ratio_of_1_a_tier_is_worth_nothing(operations, prompt_tokens):
     assert decisions[0].instance == decisions[1].instance
 
 
-@settings(deadline=None)
 @given(st.sampled_from(SCORES), RATIOS, OPERATIONS, st.integers(0, 10_000))
 def test_the_fused_pick_over_tiers_is_that_of_the_score_in_python(score, ratios, operations, queued):
     decisions = []

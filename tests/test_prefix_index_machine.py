@@ -275,17 +275,16 @@ TestIndexMachine = IndexMachine.TestCase
 TestIndexMachine.settings = settings(
     max_examples=int(os.environ.get("MULSCHED_MACHINE_EXAMPLES", "150")),
     stateful_step_count=30,
-    deadline=None,
 )
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(CAPACITIES, STORES)
 def test_recency_cuts_and_joins_edges(capacities, stores):
     store_in_turns(twins(), capacities, stores)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(EVENTS)
 def test_copies_come_and_go(events):
     follow_events(twins(), events)
@@ -425,7 +424,6 @@ QUICK = settings(
     max_examples=1000,
     derandomize=True,
     stateful_step_count=30,
-    deadline=None,
     database=None,
     phases=[Phase.generate],
     report_multiple_bugs=False,

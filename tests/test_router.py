@@ -245,7 +245,7 @@ def test_seeded_ties_differ_between_seeds_and_repeat():
     ],
 )
 @pytest.mark.parametrize(("ties", "seed"), [("least_recent", 0), ("first", 0), ("random", -5)])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(

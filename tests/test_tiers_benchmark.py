@@ -179,7 +179,7 @@ LIMITS = {"kv_blocks": 12, "max_batched_tokens": 16, "max_num_seqs": 5}
 
 
 @given(requests=REQUESTS, host_blocks=st.integers(0, 30), overlaps=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_block_is_lost_and_every_request_ends(requests, host_blocks, overlaps):
     model = engine(host_blocks, overlaps, **LIMITS)
     first, ends = run_engine(model, submissions(requests))
@@ -189,7 +189,7 @@ def test_no_block_is_lost_and_every_request_ends(requests, host_blocks, overlaps
 
 
 @given(requests=REQUESTS, overlaps=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_without_blocks_in_the_host_it_is_the_plain_engine(requests, overlaps):
     tiered, plain = engine(0, overlaps, **LIMITS), EngineModel(profile(**LIMITS))
     now, pending = 0.0, sorted(submissions(requests), key=lambda s: s[0])

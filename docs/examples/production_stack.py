@@ -21,5 +21,5 @@ if __name__ == "__main__":
     args = parse_args()
     router = install(app, cache_tokens=100_000)  # before the server starts
     initialize_all(app, args)
-    app.state.router = router  # in place of the one that was named
+    router.take_over(app)  # in place of the routing logic that was named
     uvicorn.run(app, host=args.host, port=args.port)

@@ -94,6 +94,21 @@ class BodyRouter:
             keys, prompt_tokens=length, request_id=request_id, now=now, candidates=candidates
         ).instance
 
+    def pick_keys(self, prompt: PromptKeys, *, now: float, candidates: Iterable[str]) -> str:
+        """Select an instance for a request that others send there and of whose life nobody tells.
+
+        Nothing stays booked, and its prefix counts as cached there at once. Raises as ``reserve``.
+        """
+        keys, length = prompt
+        self.lifecycle.advance(now)
+        router, request_id = self.lifecycle.router, object()
+        decision = router.route_keys(
+            keys, prompt_tokens=length, request_id=request_id, now=now, candidates=candidates
+        )
+        # not by the lifecycle: to it an end proves that the instance has prefilled all that came before
+        router.finish(request_id)
+        return decision.instance
+
     def end(self, end: End, *, now: float) -> None:
         """Take the end of a request."""
         signal, request_id, instance = end

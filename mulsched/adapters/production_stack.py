@@ -4,12 +4,12 @@
 
     from vllm_router.app import app, initialize_all
 
-    install(app)                  # before the server starts
+    router = install(app)         # before the server starts
     initialize_all(app, args)
-    app.state.router = router     # what install() returned
+    router.take_over(app)         # in place of the routing logic that args name
 
 That router loads no plugins, and shows a request's body only to subclasses of its own classes. Written for
-its interface of 2026-08, which no package index has: tests run it against a stand-in of that interface.
+its interface at 03953e36, which no package index has: tests run it in a stand-in of that request loop.
 """
 
 import time
@@ -19,7 +19,7 @@ from typing import Any
 
 from mulsched.adapters._bodies import BodyRouter
 from mulsched.adapters.asgi import App, Message, Receive, Send, Watch
-from mulsched.errors import MissingExtra
+from mulsched.errors import LifecycleError, MissingExtra
 
 try:
     from vllm_router.routers.routing_logic import PrefixAwareRouter
@@ -37,9 +37,13 @@ _ID = "mulsched.request_id"
 def install(app: Any, *, clock: Callable[[], float] = time.monotonic, **options: Any) -> "LMetricRouter":
     """Add a middleware to the application that signals first tokens and ends; return the router.
 
-    ``options``: keyword arguments of :class:`BodyRouter`.
+    ``options``: keyword arguments of :class:`BodyRouter`. Raises LifecycleError if it was called before in
+    this process: vllm_router makes one object of each class of routing logic.
     """
-    router = LMetricRouter(BodyRouter(**options), clock)
+    bodies = BodyRouter(**options)
+    router = LMetricRouter(bodies, clock)
+    if router.bodies is not bodies:
+        raise LifecycleError("install was called before: vllm_router has one router of a class in a process")
     app.add_middleware(_Signals, router=router, clock=clock)
     return router
 
@@ -52,12 +56,21 @@ class LMetricRouter(PrefixAwareRouter):  # type: ignore[misc]
     that failed it or serve other models.
     """
 
+    max_instance_failover_reroute_attempts = 0
+    """How often a request that reached no engine is sent again; the request loop reads it here."""
+
     def __init__(self, bodies: BodyRouter, clock: Callable[[], float], forget_after_s: float = 600.0) -> None:
         # the parent's trie is not wanted: it grows without bound
         self.bodies = bodies
         self._clock = clock
         self._forget_after_s = forget_after_s
         self._seen: dict[str, float] = {}
+
+    def take_over(self, app: Any) -> None:
+        """Take the place of the application's routing logic, with the number of failovers set there."""
+        name = "max_instance_failover_reroute_attempts"  # older versions have none
+        self.max_instance_failover_reroute_attempts = getattr(app.state.router, name, 0)
+        app.state.router = self
 
     async def route_request(
         self, endpoints: list[Any], engine_stats: Any, request_stats: Any, request: Any, request_json: Any

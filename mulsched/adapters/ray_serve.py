@@ -65,7 +65,7 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         ``prefill_tokens_per_s``: what an engine was measured to do; a wrong rate may cost more than none.
         ``shared``: decide and book in one actor for all processes with a handle to this deployment. Where it
         has not answered within ``shared_timeout_s`` (by default three times the p99 of 64 asked at once, see
-        docs/adapters.md), the process decides by what it knows itself.
+        docs/adapters-results.md), the process decides by what it knows itself.
         """
         options["prefill_tokens_per_s"] = prefill_tokens_per_s
         self._clock = clock
@@ -106,7 +106,7 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         """
         metadata = pending_request.metadata
         if not is_retry and metadata.internal_request_id in self._open:
-            own = self._own(metadata.internal_request_id)
+            own = f"{metadata.internal_request_id}/{next(self._numbers)}"
             pending_request.metadata = metadata = replace(metadata, internal_request_id=own)
         self._open.add(metadata.internal_request_id)
         self._sending.add(id(pending_request))
@@ -117,9 +117,6 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
             raise
         finally:
             self._sending.discard(id(pending_request))
-
-    def _own(self, request_id: str) -> str:
-        return f"{request_id}/{next(self._numbers)}"
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -135,7 +132,7 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         request_id = pending_request.metadata.internal_request_id
         prompt = self._read(pending_request)
         if id(pending_request) not in self._sending:
-            return await self._pick(prompt, self._own(request_id), candidate_replicas)
+            return await self._pick(prompt, candidate_replicas)
 
         def on_done(future: Any) -> None:
             if future.cancelled():  # the caller went while the request waited for a replica
@@ -167,7 +164,7 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
         return self.bodies.read(next((body for body in map(as_body, arguments) if body is not None), None))
 
     async def _pick(
-        self, prompt: PromptKeys, request_id: str, candidate_replicas: list[RunningReplica]
+        self, prompt: PromptKeys, candidate_replicas: list[RunningReplica]
     ) -> list[list[RunningReplica]]:
         """Choose a replica for a request that others will send, by the queues that replicas tell now."""
         told = {
@@ -179,11 +176,10 @@ class LMetricRequestRouter(RequestRouter):  # type: ignore[misc]
             return []
         # one that does not answer is no idle one
         told = {name: entry for name, entry in told.items() if entry[1] is not None} or told
-        now, report = self._clock(), self.bodies.lifecycle.router.report_load
+        report = self.bodies.lifecycle.router.report_load
         for name in told:
             report(name, running=told[name][1] or 0, waiting=0)
-        chosen = self.bodies.reserve_keys(prompt, request_id=request_id, now=now, candidates=told)
-        self.bodies.end(("finish", request_id, chosen), now=now)
+        chosen = self.bodies.pick_keys(prompt, now=self._clock(), candidates=told)
         for name in told:  # it is old by the next decision
             report(name, running=0, waiting=0)
         return [[told[chosen][0]]]

@@ -36,6 +36,7 @@ def tier_cost_ratio(options: argparse.Namespace, *, events: bool) -> dict[str, f
         if medium in ratios:
             raise InvalidArgument(f"--tier-cost-ratio goes once with each medium, got {medium} twice")
         ratios[medium] = ratio
-    if ratios and not events:
+    checked = check_cost_ratios(ratios) or None
+    if checked and not events:
         raise InvalidArgument("--tier-cost-ratio goes with --kv-events, which tell what tiers hold")
-    return check_cost_ratios(ratios) or None
+    return checked

@@ -197,7 +197,9 @@ def _config(options: argparse.Namespace) -> "GatewayConfig":
         engines = tuple(rank for engine in engines for rank in engine.ranks(ranks))
     given["engines"] = engines
     given["kv_events_auto"] = kv_events_auto
-    events = bool(options.kv_events or options.engines_file or options.admin_keys)
+    events = options.tokenizer != "none" and bool(
+        options.kv_events or options.engines_file or options.admin_keys
+    )
     given["tier_cost_ratio"] = tier_cost_ratio(options, events=events)
     given["api_keys"] = tuple(map(_secret, options.api_keys))
     given["admin_keys"] = tuple(map(_secret, options.admin_keys))
@@ -225,12 +227,13 @@ async def _serve(gateway: "Gateway", options: argparse.Namespace) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    if options.engines_file is not None:
+        # before the first checks, which take their time: the signal ends a process that does not handle it
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reread_engines)
     try:
         port = await gateway.start(options.host, options.port)
         # modules and classes stay; looking through them holds requests up for 40 ms each time
         gc.freeze()
-        if options.engines_file is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reread_engines)
         addresses = {engine.config.address for engine in gateway.fleet.engines.values()}
         print(f"http://{options.host}:{port}/v1 over {len(addresses)} engines, page at /", flush=True)
         await stopped.wait()

@@ -30,11 +30,17 @@ async def session_or_new(session: Session | None) -> AsyncIterator[Session]:
 
 
 async def get(session: Session, url: str, timeout_s: float) -> bytes | None:
-    """Return the body of a page; None if there is no such page. Raises what is in ``FAILURES``."""
-    async with session.get(url, timeout=aiohttp.ClientTimeout(total=timeout_s)) as response:
+    """Return the body of a page; None if there is no such page. Raises what is in ``FAILURES``.
+
+    A redirect counts as a failure: an engine is not to choose whom else its router asks.
+    """
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    async with session.get(url, timeout=timeout, allow_redirects=False) as response:
         if response.status == 404:
             return None
         response.raise_for_status()
+        if response.status != 200:
+            raise InvalidEvents(f"{url} answers with status {response.status}")
         parts, size = [], 0
         async for part in response.content.iter_any():
             size += len(part)

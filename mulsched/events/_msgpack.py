@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 
 from mulsched._backend import BACKEND
 from mulsched.errors import InvalidEvents, InvalidType, MissingExtra
-from mulsched.events.batch import EventBatch, KvEvent, PackedEvents, content_key, medium_name
+from mulsched.events.batch import (
+    EventBatch,
+    KvEvent,
+    PackedEvents,
+    SplitRuns,
+    adapter,
+    content_key,
+    event_run,
+    medium_name,
+)
 from mulsched.types import BlockRemoved, BlockStored, CacheCleared, EngineHash, EventRun, Namespace
 
 try:
@@ -38,7 +47,6 @@ Hash = int | bytes
 Raw = msgspec.Raw
 _NIL = Raw(b"\xc0")
 _UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
-_BYTES = (bytes, bytearray, memoryview)
 _KNOWN = ("BlockStored", "BlockRemoved", "AllBlocksCleared")
 
 # A publisher that writes more of these is of a format that is not known, and each costs some microseconds.
@@ -166,23 +174,29 @@ def decode(payload: bytes, instance: str, *, group_idx: int, counts_copies: bool
 
     Raises InvalidEvents (the batch itself, or too much of it, cannot be read; too much that is not plain).
     """
-    if not isinstance(payload, _BYTES):
-        raise InvalidType(f"payload must be bytes, got {type(payload).__name__}")
+    if type(payload) is not bytes:
+        if not isinstance(payload, bytes | bytearray | memoryview):
+            raise InvalidType(f"payload must be bytes, got {type(payload).__name__}")
+        payload = bytes(payload)  # of a subclass too: the core takes bytes alone
+    message = split_kv_events(payload, group_idx, _MAX_PARTS) if 0 <= group_idx < 2**31 else None
+    if message and message.plain_within(_MAX_PARTS):
+        runs = PackedEvents(SplitRuns(message, instance, counts_copies))
+        return EventBatch(message.timestamp, runs, message.rank, 0, message.ignored)
     said = _Said(instance, group_idx, counts_copies)
-    split = split_kv_events(payload, group_idx) if 0 <= group_idx < 2**31 else None
-    if split is None:
+    if message is None:
         batch, read = _read(payload)
         for event in read:
             said.add(event)
         return said.batch(batch.ts, batch.data_parallel_rank)
-    timestamp, rank, said.ignored, parts = split
-    for part in parts:
+    said.ignored = message.ignored
+    for position in range(len(message)):
+        part = message.part(position)
         if len(part) == 2:
             begin, end = part
-            said.add(_read_event(memoryview(payload).cast("B")[begin:end]))
+            said.add(_read_event(memoryview(payload)[begin:end]))
         else:
-            said.add_run(*part)
-    return said.batch(timestamp, rank)
+            said.add_run(event_run(part, instance, counts_copies))
+    return said.batch(message.timestamp, message.rank)
 
 
 class _Said:
@@ -233,25 +247,11 @@ class _Said:
             raise InvalidEvents(f"more than {_MAX_MALFORMED} events of a message cannot be read") from None
         self._removals_lost = self._removals_lost or str(event) != "BlockStored"
 
-    def add_run(
-        self,
-        medium: str | None,
-        lora_name: str | None,
-        lora_id: int | None,
-        block_size: int,
-        table: NDArray[np.uint64],
-        hashes: NDArray[np.uint64],
-        tokens: NDArray[np.uint32],
-    ) -> None:
+    def add_run(self, run: EventRun) -> None:
         """Add what the core has read."""
         self._end_run()
-        lora = _lora(lora_name, lora_id)
-        namespace = None if lora is None else Namespace(lora=lora)
-        name = medium_name(medium)
-        self.spend(1 if name == "GPU" else len(table))  # what lies elsewhere is applied one by one
-        self._parts.append(
-            EventRun(self._instance, table, hashes, tokens, block_size, namespace, name, self._counts_copies)
-        )
+        self.spend(1 if run.medium == "GPU" else len(run))  # what lies elsewhere is applied one by one
+        self._parts.append(run)
         self._packed = True
 
     def batch(self, timestamp: float, rank: int | None) -> EventBatch:
@@ -336,10 +336,6 @@ def _hashes(raw: msgspec.Raw, spend: Callable[[int], None]) -> NDArray[np.uint64
         raise _Malformed from None
 
 
-def _lora(name: str | None, lora_id: int | None) -> str | None:
-    return str(lora_id) if name is None and lora_id is not None else name
-
-
 def _stored(
     event: StoredMap | StoredArray,
     instance: str,
@@ -357,7 +353,7 @@ def _stored(
         raise _Malformed("BlockStored") from None
     if tokens is None or len(tokens) != len(hashes) * event.block_size:
         raise _Malformed("BlockStored")
-    lora = _lora(event.lora_name if isinstance(event.lora_name, str) else None, event.lora_id)
+    lora = adapter(event.lora_name if isinstance(event.lora_name, str) else None, event.lora_id)
     parent = event.parent_block_hash
     salt, contents = event.cache_salt, None
     if event.extra_keys != _NIL:

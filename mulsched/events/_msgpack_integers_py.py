@@ -32,5 +32,5 @@ def unpack_uint64(data: Any) -> NDArray[np.uint64] | None:
     return None if numbers is None else np.array([n % 2**64 for n in numbers], dtype=np.uint64)
 
 
-def split_kv_events(data: Any, group_idx: int) -> None:
+def split_kv_events(data: bytes, group_idx: int, max_parts: int) -> None:
     """Leave every batch to the decoder of single events."""

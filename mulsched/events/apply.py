@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from mulsched.errors import BlockSizeMismatch, MulschedError, UnknownInstance
-from mulsched.events.batch import EventBatch, KvEvent
+from mulsched.events.batch import EventBatch, KvEvent, SplitRuns
 from mulsched.router import Router
 from mulsched.types import REMOVED, BlockStored, CacheCleared, EventRun
 
@@ -20,17 +20,53 @@ def apply_batch(router: Router, batch: EventBatch, counts: Counter[str]) -> None
     what came before it was not seen, ``BlockSizeMismatch``, ``InvalidTokens``. What the index holds is then
     less than what the engine has, and never more. O(blocks).
     """
-    for part in batch.parts:
-        if not isinstance(part, EventRun):
-            _apply_one(router, part, counts)
-        elif part.instance in router.instances and part.medium not in router.media:
-            counts["events_of_other_media"] += len(part)
-        elif part.medium != "GPU" or not _apply_run(router, part, counts):
-            for event in part:
-                _apply_one(router, event, counts)
-    counts["unknown_events"] += batch.unknown
-    counts["ignored_events"] += batch.ignored
-    counts["malformed_events"] += batch.malformed
+    parts = batch.parts
+    if isinstance(parts, SplitRuns):
+        _apply_split(router, parts, counts)
+    else:
+        for part in parts:
+            _apply_part(router, part, counts)
+    if batch.unknown:
+        counts["unknown_events"] += batch.unknown
+    if batch.ignored:
+        counts["ignored_events"] += batch.ignored
+    if batch.malformed:
+        counts["malformed_events"] += batch.malformed
+
+
+def _apply_split(router: Router, runs: SplitRuns, counts: Counter[str]) -> None:
+    """Let the core apply what it can, and the rest as if it had come otherwise."""
+    at, n_runs = 0, len(runs)
+    while True:
+        at, applied = router.apply_message(
+            runs.instance, runs.message, begin=at, counts_copies=runs.counts_copies
+        )
+        _count(applied, counts)
+        if at == n_runs:
+            return
+        _apply_part(router, runs[at], counts)
+        at += 1
+
+
+def _apply_part(router: Router, part: KvEvent | EventRun, counts: Counter[str]) -> None:
+    if not isinstance(part, EventRun):
+        _apply_one(router, part, counts)
+    elif part.instance in router.instances and part.medium not in router.media:
+        counts["events_of_other_media"] += len(part)
+    elif part.medium != "GPU" or not _apply_run(router, part, counts):
+        for event in part:
+            _apply_one(router, event, counts)
+
+
+def _count(applied: tuple[int, int, int, int], counts: Counter[str]) -> None:
+    """Count a ``RunApplied``; what is 0 costs nothing, since most messages say little."""
+    stored, refused, removed, _ = applied
+    if stored:
+        counts["blocks_stored"] += stored
+    if removed:
+        counts["blocks_removed"] += removed
+    if refused:
+        counts["UnknownBlock"] += refused
 
 
 def _apply_run(router: Router, run: EventRun, counts: Counter[str]) -> bool:
@@ -43,12 +79,10 @@ def _apply_run(router: Router, run: EventRun, counts: Counter[str]) -> bool:
     except BlockSizeMismatch:  # all stores of a run have one size
         removals = _removals(run)
         counts["BlockSizeMismatch"] += len(run) - len(removals)
-        return _apply_run(router, removals, counts)
+        return len(removals) == 0 or _apply_run(router, removals, counts)
     except MulschedError:
         return False
-    counts["blocks_stored"] += applied.blocks_stored
-    counts["blocks_removed"] += applied.blocks_removed
-    counts["UnknownBlock"] += applied.stores_refused
+    _count(applied, counts)
     return True
 
 

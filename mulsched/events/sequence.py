@@ -199,9 +199,10 @@ class SequenceTracker:
             raise LifecycleError(f"a replay is {'not ' if replaying else ''}going on")
 
     def _valid(self, sequence: int) -> bool:
-        valid = 0 <= sequence <= _MAX_SEQUENCE
-        self.counts["invalid_sequences"] += not valid
-        return valid
+        if 0 <= sequence <= _MAX_SEQUENCE:
+            return True
+        self.counts["invalid_sequences"] += 1
+        return False
 
     def _deliver(self, sequence: int, payload: bytes) -> Deliver:
         self._recent[sequence] = _digest(payload)

@@ -5,10 +5,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from mulsched.errors import InvalidArgument, InvalidEvents, InvalidType, MissingExtra, MulschedError
 from mulsched.events.apply import apply_batch
 from mulsched.events.batch import EventBatch
+from mulsched.events.readable import Readable, read
 from mulsched.events.sequence import Action, Clear, Deliver, Replay, SequenceTracker, State
 from mulsched.events.vllm import decode_vllm
 from mulsched.router import Router
@@ -16,8 +18,7 @@ from mulsched.types import CacheCleared
 
 try:
     import zmq
-    import zmq.asyncio
-    from zmq.utils.monitor import recv_monitor_message
+    from zmq.utils.monitor import parse_monitor_message
 except ImportError as error:
     raise MissingExtra("subscribing to KV events needs pyzmq: pip install 'mulsched[events]'") from error
 
@@ -26,6 +27,10 @@ __all__ = ["KvEventSubscriber"]
 _END = (-1).to_bytes(8, "big", signed=True)
 # Of messages that were applied already: an endless stream of them must not keep live ones waiting.
 _MAX_IDLE_ANSWERS = 1_000
+# What is read in one turn of the event loop, and holds it up for about a millisecond; a turn costs as much as
+# several messages.
+_TURN_MESSAGES = 64
+_TURN_BYTES = 256 * 1024
 
 
 class KvEventSubscriber:
@@ -58,7 +63,7 @@ class KvEventSubscriber:
         max_message_bytes: int = 8 * 2**20,
         replay_timeout_s: float = 5.0,
         queue_messages: int = 10_000,
-        context: "zmq.asyncio.Context | None" = None,
+        context: "zmq.Context[Any] | None" = None,
     ) -> None:
         for name, value in (
             ("endpoint", endpoint),
@@ -107,43 +112,41 @@ class KvEventSubscriber:
 
     async def run(self) -> None:
         """Follow the publisher until cancelled. Raises ZMQError for an endpoint that is none."""
-        context = self._context or zmq.asyncio.Context.instance()
+        # a socket of an asyncio context would make a future for each message
+        context: zmq.Context[Any] = zmq.Context.shadow(self._context or zmq.Context.instance())
         live = self._socket(context, zmq.SUB)
         monitor = live.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
-        notice = asyncio.ensure_future(recv_monitor_message(monitor))
-        message = asyncio.ensure_future(live.recv_multipart())
+        sockets = Readable(live, monitor)
         try:
             live.subscribe(self._topic)
             live.connect(self.endpoint)
             while True:
-                # while the publisher is quiet, a replay that failed is tried again
-                retry_s = self._replay_timeout_s if self.tracker.wants_replay else None
-                done, _ = await asyncio.wait(
-                    (notice, message), timeout=retry_s, return_when=asyncio.FIRST_COMPLETED
-                )
-                if notice in done:  # first, so that a restart is seen before the new engine's messages
-                    event = notice.result()["event"]
-                    notice = asyncio.ensure_future(recv_monitor_message(monitor))
+                messages = read(live, messages=_TURN_MESSAGES, size=_TURN_BYTES)
+                # read later and heeded first, so that a restart is seen before the new engine's messages
+                notices = read(monitor)
+                for notice in notices:
+                    event = parse_monitor_message(notice)["event"]
                     await self._connection(context, live, connected=event == zmq.EVENT_CONNECTED)
-                elif message in done:
-                    frames = message.result()
-                    message = asyncio.ensure_future(live.recv_multipart())
-                    await self._receive(context, frames)
-                else:
-                    await self._carry_out(context, self.tracker.connected())
+                for frames in messages:
+                    await self._replay_from(context, self._receive(frames))
+                if messages or notices:
+                    await asyncio.sleep(0)  # with more to read at once, nothing here would let others run
+                # while the publisher is quiet, a replay that failed is tried again
+                elif not await sockets.wait(self._replay_timeout_s if self.tracker.wants_replay else None):
+                    await self._replay_from(context, self._take(self.tracker.connected()))
         finally:
-            notice.cancel()
-            message.cancel()
-            live.disable_monitor()
+            sockets.close()
+            with contextlib.suppress(zmq.ZMQError):  # a terminated context waits for the sockets to be closed
+                live.disable_monitor()
             monitor.close()
             live.close()
 
     async def _connection(
-        self, context: "zmq.asyncio.Context", live: "zmq.asyncio.Socket", *, connected: bool
+        self, context: "zmq.Context[Any]", live: "zmq.Socket[Any]", *, connected: bool
     ) -> None:
         if connected:
             self.counts["connections"] += 1
-            await self._carry_out(context, self.tracker.connected())
+            await self._replay_from(context, self._take(self.tracker.connected()))
             return
         # ZeroMQ connects again by itself, but not after a message that is too long
         self.counts["disconnections"] += 1
@@ -151,25 +154,23 @@ class KvEventSubscriber:
             live.disconnect(self.endpoint)
         live.connect(self.endpoint)
 
-    def _socket(self, context: "zmq.asyncio.Context", kind: int) -> "zmq.asyncio.Socket":
-        socket = context.socket(kind)
+    def _socket(self, context: "zmq.Context[Any]", kind: int) -> "zmq.Socket[Any]":
+        socket: zmq.Socket[Any] = context.socket(kind)
         for option, value in self._options.items():
             socket.setsockopt(option, value)
         return socket
 
-    async def _receive(self, context: "zmq.asyncio.Context", frames: list[bytes]) -> None:
+    def _receive(self, frames: list[bytes]) -> int | None:
+        """Take a live message; return where a replay must start, if it makes one necessary."""
         self.counts["messages"] += 1
         if len(frames) != 3 or len(frames[1]) != 8:
             self.counts["malformed_messages"] += 1  # what it said is missed as a gap
-            return
-        actions = self.tracker.live(int.from_bytes(frames[1], "big"), frames[2])
-        await self._carry_out(context, actions)
-        await asyncio.sleep(0)  # with more to read at once, nothing here would let others run
+            return None
+        return self._take(self.tracker.live(int.from_bytes(frames[1], "big"), frames[2]))
 
-    async def _carry_out(self, context: "zmq.asyncio.Context", actions: list[Action]) -> None:
-        while actions:
-            start = self._take(actions)
-            actions = [] if start is None else await self._replay(context, start)
+    async def _replay_from(self, context: "zmq.Context[Any]", start: int | None) -> None:
+        while start is not None:
+            start = self._take(await self._replay(context, start))
 
     def _take(self, actions: list[Action]) -> int | None:
         """Carry out all but a replay; return where that starts."""
@@ -199,31 +200,35 @@ class KvEventSubscriber:
         apply_batch(self._router, batch, self.counts)
         if batch.removals_lost:
             self._take(self.tracker.unreadable())
-        elif any(isinstance(part, CacheCleared) for part in batch.parts):
+        elif batch.clears:
             self.tracker.emptied()
 
-    async def _replay(self, context: "zmq.asyncio.Context", start: int) -> list[Action]:
+    async def _replay(self, context: "zmq.Context[Any]", start: int) -> list[Action]:
         """Carry out a replay up to its end; return what is to be done then."""
         assert self.replay_endpoint is not None
         dealer = self._socket(context, zmq.DEALER)
+        socket = Readable(dealer)
         try:
             dealer.connect(self.replay_endpoint)
-            await dealer.send_multipart((b"", start.to_bytes(8, "big")))
+            dealer.send_multipart((b"", start.to_bytes(8, "big")), zmq.NOBLOCK)
             idle = 0
             while idle < _MAX_IDLE_ANSWERS:
-                frames = await asyncio.wait_for(dealer.recv_multipart(), self._replay_timeout_s)
-                # an empty part, then topic, number and payload; before 2026 SGLang left the topic out
-                if not 3 <= len(frames) <= 4 or len(frames[-2]) != 8:
+                answers = read(dealer, messages=_TURN_MESSAGES, size=_TURN_BYTES)
+                for frames in answers:
+                    # an empty part, then topic, number and payload; before 2026 SGLang left the topic out
+                    if not 3 <= len(frames) <= 4 or len(frames[-2]) != 8:
+                        return self.tracker.replay_failed()
+                    if frames[-2] == _END:
+                        return self.tracker.replay_ended()
+                    actions = self.tracker.replayed(int.from_bytes(frames[-2], "big"), frames[-1])
+                    if self._take(actions) is not None:
+                        return actions[-1:]
+                    idle = 0 if actions else idle + 1
+                if answers:
+                    await asyncio.sleep(0)
+                elif not await socket.wait(self._replay_timeout_s):
                     break
-                if frames[-2] == _END:
-                    return self.tracker.replay_ended()
-                actions = self.tracker.replayed(int.from_bytes(frames[-2], "big"), frames[-1])
-                if self._take(actions) is not None:
-                    return actions[-1:]
-                idle = 0 if actions else idle + 1
-                await asyncio.sleep(0)
-        except TimeoutError:
-            pass
         finally:
+            socket.close()
             dealer.close()
         return self.tracker.replay_failed()

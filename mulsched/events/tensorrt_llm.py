@@ -1,6 +1,7 @@
 """KV cache events of TensorRT-LLM, in JSON as ``GET /kv_cache_events`` gives them."""
 
-from typing import Any
+from itertools import groupby
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class _Block(msgspec.Struct, gc=False):
     block_hash: int
     tokens: list[_Token]
     lora_id: int | None = None
+    cache_level: Literal[0, 1] = 0  # the primary or the secondary pool: on the GPU, in the host's memory
 
 
 class _Stored(msgspec.Struct, gc=False):
@@ -37,8 +39,8 @@ class _Removed(msgspec.Struct, gc=False):
 
 
 class _Level(msgspec.Struct, gc=False):
-    old_value: int
-    new_value: int
+    old_value: Literal[0, 1]
+    new_value: Literal[0, 1]
 
 
 class _Updated(msgspec.Struct, gc=False):
@@ -53,6 +55,8 @@ class _Event(msgspec.Struct, gc=False):
     attention_dp_rank: int | None = None
 
 
+_MEDIA = ("GPU", "CPU")  # by level
+
 _decode = msgspec.json.Decoder(list[_Event]).decode
 
 
@@ -62,9 +66,11 @@ def decode_tensorrt_llm(
     """Return the events of one answer, a JSON list.
 
     ``window_size``: only events of this attention window, for models that have several; None for all.
-    A block that is not full ends its event: what follows it cannot be shared. A block that an ``updated``
-    event moves off the GPU (cache level 0) is removed; one that is moved back stays so, since the event does
-    not say what is in it. So the router may know less than the engine holds, and never more.
+    A block that is not full ends its event: what follows it cannot be shared. The blocks of an event become a
+    store for each stretch on one medium. A block that an ``updated`` event moves is removed from the medium
+    that it leaves, and not stored where it comes, since the event does not say what is in it. A ``removed``
+    event does not say where the block was: it becomes a removal from each medium. So the router may know less
+    than the engine holds, and never more.
     ``event_ids`` are those of all events: a hole between two answers means that the engine's buffer ran
     over, and the cache should be cleared. O(bytes). Raises InvalidEvents.
     """
@@ -82,21 +88,21 @@ def decode_tensorrt_llm(
             continue
         try:
             if kind == "stored":
-                stored = _stored(msgspec.convert(event.data, _Stored), instance, block_size)
-                if stored is None:
-                    ignored += 1
-                else:
-                    events.append(stored)
+                stores = _stores(msgspec.convert(event.data, _Stored), instance, block_size)
+                ignored += not stores
+                events += stores
             elif kind == "updated":
                 updated = msgspec.convert(event.data, _Updated)
-                if updated.cache_level is not None and updated.cache_level.new_value > 0:
-                    gone = np.array([updated.block_hash], dtype=np.uint64)
-                    events.append(BlockRemoved(instance, gone))
-                else:
+                moved = updated.cache_level
+                if moved is None or moved.new_value == moved.old_value:
                     ignored += 1
+                else:
+                    gone = np.array([updated.block_hash], dtype=np.uint64)
+                    events.append(BlockRemoved(instance, gone, _MEDIA[moved.old_value]))
             elif kind == "removed":
                 removed = msgspec.convert(event.data, _Removed)
-                events.append(BlockRemoved(instance, np.array(removed.block_hashes, dtype=np.uint64)))
+                hashes = np.array(removed.block_hashes, dtype=np.uint64)
+                events += [BlockRemoved(instance, hashes, medium) for medium in _MEDIA]
             else:
                 unknown += 1
         except (msgspec.ValidationError, OverflowError):
@@ -115,28 +121,37 @@ def decode_tensorrt_llm(
     )
 
 
-def _stored(stored: _Stored, instance: str, block_size: int) -> BlockStored | None:
-    """Return the event's whole blocks; None if there are none."""
+def _stores(stored: _Stored, instance: str, block_size: int) -> list[BlockStored]:
+    """Return the event's whole blocks, an event for each stretch of them on one medium."""
     blocks = stored.blocks
     whole = next((i for i, block in enumerate(blocks) if len(block.tokens) != block_size), len(blocks))
-    if whole == 0:
-        return None
-    tokens = [token.token_id for block in blocks[:whole] for token in block.tokens]
+    parent, stores = stored.parent_hash, []
+    for level, stretch in groupby(blocks[:whole], key=lambda block: block.cache_level):
+        held = list(stretch)
+        stores.append(_store(held, parent, instance, block_size, _MEDIA[level]))
+        parent = held[-1].block_hash
+    return stores
+
+
+def _store(
+    blocks: list[_Block], parent: int | None, instance: str, block_size: int, medium: str
+) -> BlockStored:
     contents = [
         content_key(
             [(str(token.token_extra_id), i) for i, token in enumerate(block.tokens) if token.token_extra_id]
         )
         or None
-        for block in blocks[:whole]
+        for block in blocks
     ]
     lora = blocks[0].lora_id
     return BlockStored(
         instance,
-        np.array([block.block_hash for block in blocks[:whole]], dtype=np.uint64),
-        stored.parent_hash,
+        np.array([block.block_hash for block in blocks], dtype=np.uint64),
+        parent,
         block_size,
-        np.array(tokens, dtype=np.uint32),
+        np.array([token.token_id for block in blocks for token in block.tokens], dtype=np.uint32),
         namespace=None if lora is None else Namespace(lora=str(lora)),
         extra_keys=contents if any(contents) else None,
+        medium=medium,
         counts_copies=False,
     )

@@ -12,7 +12,7 @@ from mulsched.lower_tiers import check_cost_ratios
 __all__ = ["EngineConfig", "GatewayConfig"]
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
-_ENDPOINT = re.compile(r"tcp://\S+:\d{1,5}|ipc://\S+")
+_ENDPOINT = re.compile(r"tcp://\S+:[0-9]{1,5}|ipc://\S+")
 # Of one connection, or made anew for the body that is sent: never taken over from a client.
 _OWN_HEADERS = frozenset((
     "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "cookie", "expect",
@@ -83,7 +83,7 @@ def _offset(endpoint: str | None, rank: int) -> str | None:
     if endpoint is None or endpoint == "auto" or rank == 0:
         return endpoint
     host, _, port = endpoint.rpartition(":")
-    if not port.isdigit():
+    if not (port.isascii() and port.isdecimal()):
         raise InvalidArgument(
             f"an endpoint with a port expected, since ranks count up from it, got {endpoint!r}"
         )
@@ -182,8 +182,10 @@ class GatewayConfig:
                 self._check(name, float)
         if any(not key or not key.isascii() or not key.isprintable() for key in self._keys()):
             raise InvalidArgument("an API key must be printable ASCII and not empty")
-        if set(self.admin_keys) & set(self.api_keys):
-            raise InvalidArgument("an admin key must be another than the API keys, which clients have")
+        if set(self.admin_keys) & {*self.api_keys, self.engine_api_key}:
+            raise InvalidArgument(
+                "an admin key must be another than the API keys, which clients have, and the engines' key"
+            )
         if not self.health_path.startswith("/"):
             raise InvalidArgument(f"health_path must start with a slash, got {self.health_path!r}")
         for name in self.forward_headers:

@@ -136,8 +136,7 @@ class Fleet:
                 for name in self._eligible
                 if not (models := self.engines[name].models) or model in models
             )
-            for engine in told
-            for model in engine.models
+            for model in {model for engine in told for model in engine.models}  # each once, whoever has it
         }
         self._adapters = frozenset(
             name for engine in told for name, model in engine.models.items() if model.get("parent")
@@ -150,7 +149,8 @@ class Fleet:
         await self.check()
         self._started = True
         for engine in self.engines.values():
-            self._watch(engine, at_once=False)
+            if not engine.gone:  # else it is about to be forgotten, and nobody would end its checks
+                self._watch(engine, at_once=False)
 
     async def stop(self) -> None:
         """End the checks."""

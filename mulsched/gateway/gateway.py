@@ -157,7 +157,9 @@ class Gateway:
         self.log("stopped")
 
     def reread_engines(self) -> None:
-        """Read the file of engines again; if that fails, log it and change nothing."""
+        """Read the file of engines again unless the gateway stops; if that fails, log it, change nothing."""
+        if self.stopping:
+            return
         try:
             self.membership.read_file()
         except (OSError, InvalidArgument) as error:

@@ -88,7 +88,9 @@ class Instances:
         )
 
     async def drain(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Drain an engine or take it back: ``{"draining": true}``."""
+        """Drain an engine or take it back: ``{"draining": true}``; with an admin key where there is one."""
+        if self._admins:
+            self._check_admin(request)
         try:
             draining = msgspec.json.decode(await request.read(), type=dict[str, bool])["draining"]
         except (msgspec.DecodeError, KeyError):

@@ -1,9 +1,13 @@
-"""The ASGI middleware by its messages, and in front of a Starlette proxy. The latter: ``-m asgi``."""
+"""The ASGI middleware by its messages, and in front of a Starlette proxy."""
 
 import asyncio
 import json
 
+import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from mulsched.adapters.asgi import INSTANCE, LMetricMiddleware
 
@@ -151,14 +155,7 @@ def test_other_connections_are_passed_on_unchanged():
     assert seen == [(scope, post, chat)]
 
 
-@pytest.mark.asgi
-@pytest.mark.filterwarnings("default")
 def test_a_starlette_proxy_streams_from_the_instance_that_holds_the_prefix():
-    import httpx
-    from starlette.applications import Starlette
-    from starlette.responses import StreamingResponse
-    from starlette.routing import Route
-
     async def engine(scope, receive, send):
         body = json.dumps({"engine": scope["server"][0]}).encode()
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -401,6 +401,14 @@ def test_with_a_tokenizer_a_text_and_its_tokens_are_one_prompt():
     assert Proxy(picker).ask(json.dumps({"prompt": list(b"sea" * 50)}).encode()) == first
 
 
+def test_with_blocks_of_a_token_a_request_without_a_prompt_goes_where_the_load_is_least():
+    picker = new_picker(A, B, prompts=PromptReader(1, LETTERS))
+    busy = Proxy(picker).ask(OTHER)
+    assert {destination(Proxy(picker).headers(end_of_stream=True))} == {A, B} - {busy}
+    assert Proxy(picker).ask(b"{}") in {A, B} - {busy}
+    assert picker.counts["without_prompt"] == 1
+
+
 def test_a_chat_is_the_tokens_of_what_the_models_template_makes_of_it():
     picker = new_picker(prompts=PromptReader(16, LETTERS, lambda body: f"[{body['messages'][0]['content']}]"))
     chat = {"messages": [{"role": "user", "content": "sea" * 40}]}

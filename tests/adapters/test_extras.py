@@ -49,3 +49,21 @@ def test_what_a_body_is_among_the_arguments_of_a_call(value, body):
 def test_options_are_checked_before_any_instance_is_there(options):
     with pytest.raises(InvalidArgument, match=next(iter(options))):
         BodyRouter(**options)
+
+
+def test_a_pick_books_nothing_and_says_nothing_of_what_waits_there():
+    bodies = BodyRouter(prefill_tokens_per_s=100.0)
+    bodies.set_instances(["a"])
+    bodies.reserve({"prompt": "x" * 4000}, request_id=1, now=0.0)
+    router = bodies.lifecycle.router
+    before = router.load("a")
+    assert bodies.pick_keys(bodies.read({"prompt": "y" * 4000}), now=1.0, candidates=["a"]) == "a"
+    assert {**router.load("a"), "last_chosen": before["last_chosen"]} == before
+
+
+def test_a_pick_counts_as_cached_where_it_was_made():
+    bodies = BodyRouter()
+    bodies.set_instances(["a", "b"])
+    prompt = bodies.read({"prompt": "x" * 4000})
+    picked = {bodies.pick_keys(prompt, now=0.0, candidates=["a", "b"]) for _ in range(5)}
+    assert len(picked) == 1

@@ -4,12 +4,13 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kv_messages import MESSAGES, PLAIN_MESSAGES, without_splitting
 from kv_wire import ENCODINGS, batch, cleared, removed, stored
 
 import mulsched
-from mulsched import Namespace, Router, block_keys
+from mulsched import InvalidEvents, Namespace, Router, block_keys
 from mulsched.events import apply_batch, content_key, decode_dynamo, decode_sglang, decode_vllm
 
 PROMPT = list(range(100, 117))
@@ -165,7 +166,6 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(OPERATIONS, st.sampled_from(ENCODINGS))
 def test_an_engine_that_announces_all_it_does_is_mirrored_exactly(operations, encoding):
     # A cache of one chain of eight blocks, each at most once: stores follow a held parent.
@@ -185,3 +185,57 @@ def test_an_engine_that_announces_all_it_does_is_mirrored_exactly(operations, en
     prompt = [n for n in range(8) for _ in range(4)]
     assert router.select([*prompt, 9]).hit_tokens == 4 * expected
     router.index.check()
+
+
+def outcome(payloads, decode, options, cache_blocks):
+    """All that messages do to a router with an instance, or, with ``cache_blocks`` 0, without."""
+    router, counts, refused = Router(block_size=4, **options), Counter(), 0
+    if cache_blocks != 0:
+        router.add_instance("a", cache_blocks=cache_blocks)
+        router.route([0, 1, 2, 3, 4], request_id=1)
+        router.first_token(1)
+    for payload in payloads:
+        try:
+            batch = decode(payload, "a")
+        except InvalidEvents:
+            refused += 1
+            continue
+        apply_batch(router, batch, counts)
+    # removals side by side are one event; where only some of them are plain, the core makes more of them
+    for name in ("UnknownInstance", "events_of_other_media"):
+        counts[name] = min(counts[name], 1)
+    indexes = [router.index, *router.lower_tiers.values()]
+    for index in indexes:
+        index.check()
+    return refused, +counts, [(index.dump(), index.removed_unknown) for index in indexes]
+
+
+@given(
+    st.lists(PLAIN_MESSAGES | PLAIN_MESSAGES | MESSAGES, max_size=5),
+    st.sampled_from([decode_vllm, decode_sglang]),
+    st.sampled_from([{}, {}, {"key_seed": 7}, {"tier_cost_ratio": {"CPU": 0.5}}]),
+    st.sampled_from([None, None, 5, 0]),
+)
+def test_what_the_core_applies_is_what_its_events_do_one_by_one(payloads, decode, options, cache_blocks):
+    at_once = outcome(payloads, decode, options, cache_blocks)
+    with without_splitting():
+        assert at_once == outcome(payloads, decode, options, cache_blocks)
+
+
+def test_a_message_of_plain_runs_is_applied_without_arrays_of_them(monkeypatch):
+    if mulsched.BACKEND != "native":
+        return  # there are no runs
+    runs = [stored([1, 2], PROMPT[:8]), removed([2]), stored([3], PROMPT[:4], lora_name="sql")]
+    monkeypatch.setattr(Router, "apply_run", None)
+    monkeypatch.setattr(Router, "apply", None)
+    counts = Counter()
+    router = router_after(*runs, counts=counts)
+    assert counts == {"blocks_stored": 3, "blocks_removed": 1}
+    assert [hit(router), hit(router, namespace=Namespace(lora="sql"))] == [4, 4]
+
+
+def test_a_long_message_is_applied_without_the_gil_and_the_same():
+    n = 2_000
+    chain = [stored([h], [h] * 4, h - 1 if h else None) for h in range(n)]
+    router = router_after(*chain)
+    assert router.select([h for h in range(n) for _ in range(4)] + [0]).hit_tokens == 4 * n

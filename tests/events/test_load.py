@@ -72,7 +72,7 @@ def serve(path, answers, scenario):
 
     async def handle(request):
         status, body = answers[0] if len(answers) == 1 else answers.pop(0)
-        return web.Response(status=status, body=body)
+        return web.Response(status=status, body=body, headers={"Location": path} if status == 307 else None)
 
     async def main():
         app = web.Application()
@@ -115,7 +115,7 @@ def test_a_poll_reports_to_the_router():
 
 
 @pytest.mark.parametrize(
-    "answer", [(404, b""), (500, b""), (200, b"<html>"), (200, b"vllm:num_requests_running -1")]
+    "answer", [(404, b""), (500, b""), (307, b""), (200, b"<html>"), (200, b"vllm:num_requests_running -1")]
 )
 def test_a_bad_answer_leaves_the_last_good_one_while_it_is_fresh(answer):
     router = new_router()
@@ -125,7 +125,7 @@ def test_a_bad_answer_leaves_the_last_good_one_while_it_is_fresh(answer):
         assert [await poller.poll(session) for _ in range(2)] == [True, False]
         assert (poller.load, poller.counts["failures"]) == (EngineLoad(2, 9, 0.5), 1)
 
-    serve("/metrics", [(200, SGLANG), answer], scenario)
+    serve("/metrics", [(200, SGLANG), answer, (200, VLLM)], scenario)
     assert counts_of(router) == (2, 9)
 
 

@@ -1,13 +1,15 @@
 """vLLM's and SGLang's events: both encodings, and what is done with what cannot be read."""
 
 import contextlib
+import pickle
 
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kv_wire import ENCODINGS, FIELDS, as_array, batch, cleared, removed, stored
+from kv_messages import MESSAGES, PLAIN_MESSAGES, without_splitting
+from kv_wire import ENCODINGS, as_array, batch, cleared, removed, stored
 
 import mulsched
 from mulsched import BlockRemoved, BlockStored, CacheCleared, InvalidEvents, InvalidType, Namespace
@@ -268,7 +270,6 @@ def test_a_truncated_message_is_refused_at_every_length(encoding):
             decode_vllm(whole[:length], "a")
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=60), st.integers(0, 200), st.sampled_from(ENCODINGS))
 def test_bytes_that_are_changed_anywhere_raise_nothing_else(noise, at, encoding):
     whole = batch(stored([7, 8], TOKENS, extra_keys=[("s", ("i", 1)), None]), removed([8]), encoding=encoding)
@@ -292,69 +293,15 @@ def whole(payload, decode):
 
 def unsplit(payload, decode):
     """The same by the decoder of single events."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_msgpack, "split_kv_events", lambda data, group_idx: None)
+    with without_splitting():
         return whole(payload, decode)
 
 
-SMALL = st.integers(0, 6)
-HASHES = st.lists(SMALL | st.sampled_from([-1, 2**64 - 1, b"x", 1.5]), max_size=4)
-ODD = st.sampled_from(
-    [None, 0, 1, 2, -1, 2**31, 2**40, "", "GPU", "CPU", "gpu", "\u00e9", b"\0", [], [None], [None, None], {}, {"a": [1]}, 1.5, True]
-)  # fmt: skip
-
-
-def a_store(hashes, parent, tokens, odd):
-    return stored(hashes, list(range(4 * len(hashes))) if tokens is None else tokens, parent, **odd)
-
-
-OPTIONAL = [*FIELDS["BlockStored"], "cache_salt", "later", "type"]
-STORES = st.builds(
-    a_store,
-    HASHES,
-    st.none() | SMALL | st.sampled_from([-3, b"p"]),
-    st.none() | st.just([]) | st.lists(ODD, max_size=4),
-    st.dictionaries(st.sampled_from(OPTIONAL), ODD, max_size=2),
-)
-REMOVALS = st.builds(
-    lambda hashes, odd: removed(hashes, **odd),
-    HASHES,
-    st.dictionaries(st.sampled_from(["medium", "group_idx", "later", "block_hashes"]), ODD, max_size=1),
-)
-PLAIN = st.builds(
-    lambda n, parent, medium: stored(
-        list(range(n)), list(range(4 * n)), parent, medium=medium, extra_keys=[None] * n
-    ),
-    st.integers(1, 3),
-    st.none() | SMALL,
-    st.sampled_from(["GPU", "GPU", None, "CPU"]),
-)
-EVENTS = PLAIN | STORES | REMOVALS | st.just(cleared()) | ODD
-
-
-def on_the_wire(event, encoding):
-    known = isinstance(event, dict) and event.get("type") in list(FIELDS)  # the type may be unhashable
-    return as_array(event) if encoding == "array" and known else event
-
-
-MESSAGES = st.builds(
-    lambda events, encodings, head, tail: msgspec.msgpack.encode(
-        [head, [on_the_wire(e, c) for e, c in zip(events, encodings * len(events), strict=False)], *tail]
-    ),
-    st.lists(EVENTS, max_size=6),
-    st.lists(st.sampled_from(ENCODINGS), min_size=1, max_size=3),
-    st.sampled_from([1.0, 1.0, 1, "x"]),
-    st.lists(ODD, max_size=2),
-)
-
-
-@settings(deadline=None)
-@given(MESSAGES, st.sampled_from([decode_vllm, decode_sglang]))
+@given(MESSAGES | PLAIN_MESSAGES, st.sampled_from([decode_vllm, decode_sglang]))
 def test_splitting_a_message_changes_nothing_of_what_it_says(payload, decode):
     assert whole(payload, decode) == unsplit(payload, decode)
 
 
-@settings(deadline=None)
 @given(MESSAGES, st.binary(max_size=6), st.integers(0, 400), st.booleans())
 def test_splitting_a_broken_message_changes_nothing_of_what_it_says(payload, noise, at, cut):
     at %= len(payload)
@@ -397,8 +344,58 @@ def test_runs_end_where_the_adapter_or_the_medium_changes():
         assert [len(run) for run in decoded.parts] == [2, 1, 1, 2]
 
 
-def test_a_message_of_events_that_are_none_does_not_become_a_part_for_each():
-    assert split_kv_events(msgspec.msgpack.encode([1.0, [None] * 100_000, 0]), 0) is None
+def test_a_payload_may_be_of_a_class_of_bytes():
+    class Frame(bytes):
+        pass
+
+    message = batch(stored([7, 8], TOKENS), removed([8]))
+    assert whole(Frame(message), decode_vllm) == whole(message, decode_vllm)
+
+
+def test_a_batch_can_be_sent_to_another_process():
+    decoded = decode_vllm(batch(stored([7, 8], TOKENS, lora_name="a"), removed([8])), "a")
+    there = pickle.loads(pickle.dumps(decoded))
+    assert (there.timestamp, said(there)) == (decoded.timestamp, said(decoded))
+
+
+def test_the_runs_of_a_message_are_a_sequence():
+    if mulsched.BACKEND != "native":
+        return  # there are no runs
+    stores = [stored([n], TOKENS[:4], lora_name=name) for n, name in enumerate("abc")]
+    parts = decode_vllm(batch(*stores), "a").parts
+    names = [run.namespace.lora for run in (*parts, parts[-1], *parts[:2])]
+    assert (len(parts), names) == (3, ["a", "b", "c", "c", "a", "b"])
+    with pytest.raises(IndexError):
+        parts[3]
+
+
+@pytest.mark.parametrize(("events", "clears"), [([], False), ([removed([1])], False), ([cleared()], True)])
+def test_a_batch_says_whether_the_cache_was_cleared(events, clears):
+    assert decode_vllm(batch(stored([7], TOKENS[:4]), *events), "a").clears == clears
+
+
+ALTERNATING = {
+    "nothing known": [None],
+    "media": [removed([1]), removed([1], medium="CPU")],
+    "adapters": [stored([7], TOKENS[:4], lora_name="a"), stored([7], TOKENS[:4], lora_name="b")],
+    "plain and not": [removed([1]), ["Touched"]],
+}
+
+
+@pytest.mark.parametrize("events", ALTERNATING.values(), ids=ALTERNATING)
+def test_a_message_of_too_many_parts_is_not_split_and_its_events_are_not_looked_at(events, monkeypatch):
+    payload = msgspec.msgpack.encode([1.0, events * (20_000 // len(events)), 0])
+    assert split_kv_events(payload, 0, LIMIT) is None
+    counted = Counted(monkeypatch)
+    with pytest.raises(InvalidEvents, match="must not have more than 16384"):
+        decode_vllm(payload, "a")
+    assert counted.calls == 0
+
+
+def test_a_message_may_have_as_many_parts_as_the_limit():
+    payload = batch(*[removed([1]), removed([1], medium="CPU")] * 3)
+    if mulsched.BACKEND == "native":
+        assert [split_kv_events(payload, 0, most) is None for most in (5, 6)] == [True, False]
 
 
 # -- how much is looked at ----------------------------------------------------------------------------------------
@@ -516,7 +513,6 @@ def as_list(array):
     return None if array is None else (array.dtype.name, array.tolist())
 
 
-@settings(deadline=None)
 @given(ARRAYS.map(msgspec.msgpack.encode), st.binary(max_size=2), st.integers(0, 2))
 def test_both_readers_of_integers_agree_on_anything(data, tail, cut):
     data = data[: len(data) - cut] + tail

@@ -315,7 +315,7 @@ class Subscriber:
 STEPS = st.sampled_from(["publish"] * 4 + ["lose"] * 2 + ["repeat", "restart", "reconnect"])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(STEPS, max_size=40),
     st.integers(1, 8),
@@ -349,7 +349,6 @@ def test_the_run_is_always_an_unbroken_part_of_one_life_of_the_engine(steps, kep
             assert subscriber.run == list(enumerate(publisher.published))
 
 
-@settings(deadline=None)
 @given(st.lists(STEPS, max_size=40))
 def test_a_publisher_that_keeps_enough_is_always_known(steps):
     publisher = Publisher(kept=100)
@@ -368,7 +367,6 @@ def test_a_publisher_that_keeps_enough_is_always_known(steps):
     assert subscriber.run == list(enumerate(publisher.published))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 12), st.integers(0, 3)), max_size=40))
 def test_without_replay_a_run_is_unbroken_whatever_comes(messages):
     tracker = SequenceTracker(can_replay=False)

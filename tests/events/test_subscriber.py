@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
+import zmq
 from kv_publisher import Publisher, until
 from kv_wire import batch, cleared, removed, stored
 
@@ -234,6 +235,28 @@ def test_an_instance_that_is_removed_meanwhile_does_no_harm():
             await until(lambda: subscriber.counts["UnknownInstance"] == 1)
 
     run(scenario)
+
+
+def test_a_context_that_is_terminated_ends_the_subscriber_and_is_let_go():
+    async def scenario():
+        router, context = Router(), zmq.Context()
+        router.add_instance("a")
+        subscriber = KvEventSubscriber(router, "a", "tcp://127.0.0.1:9", context=context)
+        running = asyncio.create_task(subscriber.run())
+        await asyncio.sleep(0)
+        terminated = asyncio.create_task(asyncio.to_thread(context.term))
+        with pytest.raises(zmq.ContextTerminated):
+            await running
+        await terminated
+
+    async def within_a_minute():
+        asyncio.get_running_loop().set_exception_handler(
+            lambda *_: None
+        )  # the descriptor's callback fails too
+        async with asyncio.timeout(60):
+            await scenario()
+
+    asyncio.run(within_a_minute())
 
 
 def test_a_long_history_is_replayed_whole():

@@ -11,7 +11,7 @@ from mulsched.events import apply_batch, decode_tensorrt_llm
 PROMPT = list(range(100, 113))
 
 
-def stored(first, n, parent=None, size=4):
+def stored(first, n, parent=None, size=4, level=0):
     blocks = [
         {
             "type": "stored_block",
@@ -20,7 +20,7 @@ def stored(first, n, parent=None, size=4):
                 {"type": "unique_token", "token_id": token, "token_extra_id": 0}
                 for token in PROMPT[4 * block : 4 * block + size]
             ],
-            "cache_level": 0,
+            "cache_level": level,
             "priority": 35,
         }
         for block in range(first, first + n)
@@ -51,11 +51,23 @@ def decoded(*events):
     return decode_tensorrt_llm(json.dumps(answer).encode(), "gpu-0", block_size=4)
 
 
-def hit_after(*events):
-    router = Router(block_size=4)
+def decision_after(*events, **options):
+    router = Router(block_size=4, **options)
     router.add_instance("gpu-0")
     apply_batch(router, decoded(*events), Counter())
-    return router.select(PROMPT).hit_tokens
+    return router.select(PROMPT)
+
+
+def hit_after(*events):
+    return decision_after(*events).hit_tokens
+
+
+def on_both(*blocks_by_level):
+    """One event of blocks on these levels, in order."""
+    whole = stored(0, len(blocks_by_level))
+    for block, level in zip(whole["blocks"], blocks_by_level, strict=True):
+        block["cache_level"] = level
+    return whole
 
 
 @pytest.mark.parametrize(
@@ -83,6 +95,31 @@ def test_a_block_that_is_moved_back_is_no_hit_until_it_is_stored_anew():
 
 def test_removing_what_was_moved_off_before_changes_nothing():
     assert hit_after(stored(0, 3), updated(2, level=1), removed(2)) == 8
+
+
+@pytest.mark.parametrize(
+    ("events", "hit", "loaded"),
+    [
+        ([stored(0, 3, level=1)], 0, 12),
+        ([on_both(0, 0, 1)], 8, 4),
+        ([on_both(0, 1, 1), updated(2, level=0)], 4, 4),
+        ([on_both(0, 1, 1), removed(2)], 4, 4),
+        ([on_both(0, 0, 1), removed(1)], 4, 0),
+        ([on_both(0, 0, 1), updated(1, level=1)], 4, 0),
+    ],
+)
+def test_what_lies_in_the_hosts_memory_is_loaded_and_no_hit(events, hit, loaded):
+    decision = decision_after(*events, tier_cost_ratio={"CPU": 0.5})
+    assert (decision.hit_tokens, decision.lower_tier_tokens) == (hit, loaded)
+
+
+def test_what_lies_in_the_hosts_memory_is_no_hit_of_a_router_without_tiers():
+    assert (hit_after(stored(0, 3, level=1)), hit_after(on_both(0, 0, 1))) == (0, 8)
+
+
+def test_a_level_that_is_not_known_is_malformed():
+    batch = decoded(stored(0, 3, level=2))
+    assert (len(batch.events), batch.malformed, batch.removals_lost) == (0, 1, False)
 
 
 def test_another_priority_is_ignored_and_counted():

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -73,6 +74,26 @@ def answered(url):
     body = json.dumps({"model": "mock", "prompt": "hello", "max_tokens": 3}).encode()
     with urllib.request.urlopen(urllib.request.Request(url + "/v1/completions", body), timeout=30) as answer:
         return answer.status
+
+
+def test_a_sighup_while_the_engines_are_first_checked_has_the_file_read_again(tmp_path):
+    path = tmp_path / "engines"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        path.write_text(f"http://{address}")
+        command = [sys.executable, "-m", "mulsched", "serve", "--port", "0", "--engines-file", str(path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        with killed_after(60, process):
+            checked, _ = silent.accept()
+            path.write_text("")
+            process.send_signal(signal.SIGHUP)
+            heard(process, {("engine_leaving", address), ("engine_removed", address)})
+            checked.close()
+            assert "over 0 engines" in process.stdout.readline()
+            process.terminate()
+            process.communicate()
+    assert process.returncode == 0
 
 
 def test_engines_that_are_processes_come_and_go_on_sighup(tmp_path):

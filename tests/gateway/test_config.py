@@ -33,11 +33,17 @@ def test_an_engine_is_a_url_and_nothing_else(url):
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["5557", "tcp://h", "http://h:1", "tcp://h:x", "tcp://h:0", "tcp://h:65536"]
+    "endpoint", ["5557", "tcp://h", "http://h:1", "tcp://h:x", "tcp://h:0", "tcp://h:65536", "tcp://h:٥"]
 )
 def test_events_come_from_an_endpoint(endpoint):
     with pytest.raises(InvalidArgument, match="endpoint"):
         EngineConfig("http://h:1", endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["ipc:///run/events", "ipc://a:²"])
+def test_ranks_have_ports_to_count_from(endpoint):
+    with pytest.raises(InvalidArgument, match="an endpoint with a port expected"):
+        EngineConfig("http://h:1", endpoint).ranks(2)
 
 
 def test_an_instance_has_the_name_of_its_address():
@@ -51,6 +57,7 @@ def test_an_instance_has_the_name_of_its_address():
         ({"engines": ("http://gpu-0:8000",)}, InvalidType),
         ({"admin_keys": ("",)}, InvalidArgument),
         ({"admin_keys": ("a",), "api_keys": ("a",)}, InvalidArgument),
+        ({"admin_keys": ("a",), "engine_api_key": "a"}, InvalidArgument),
         ({"data_parallel_size": 0}, InvalidArgument),
         ({"tier_cost_ratio": {"CPU": 2.0}}, InvalidArgument),
         ({"engines": (ENGINE, EngineConfig("https://gpu-0:8000"))}, InvalidArgument),
@@ -108,7 +115,7 @@ def test_the_command_passes_on_what_it_is_given(tmp_path):
             ),
             *("--api-key", f"@{key}", "--engine-api-key", "e", "--forward-header", "X-Tenant"),
             *("--kv-format", "sglang", "--load-headers", "--admin-key", f"@{admin}", "--engines-file", "f"),
-            *("--tier-cost-ratio", "DISK=0.5", "--tier-cost-ratio", "CPU=0.1"),
+            *("--tokenizer", "t", "--tier-cost-ratio", "DISK=0.5", "--tier-cost-ratio", "CPU=0.1"),
             *("--read-timeout", "5", "--max-in-flight", "7", "--kv-tokens", "1000"),
         )
     )
@@ -162,6 +169,10 @@ def test_each_rank_is_an_instance_with_ports_of_its_own():
         (["--admin-key", "a", "--api-key", "a"], "an admin key must be another"),
         (
             ["--engine", "http://a:1", "--tier-cost-ratio", "CPU=0.1"],
+            "--tier-cost-ratio goes with --kv-events",
+        ),
+        (
+            ["--admin-key", "a", "--tier-cost-ratio", "CPU=0.1"],  # without a tokenizer there are no events
             "--tier-cost-ratio goes with --kv-events",
         ),
         (["--admin-key", "a", "--tier-cost-ratio", "CPU"], "must be MEDIUM=RATIO, got 'CPU'"),

@@ -110,6 +110,19 @@ def test_a_line_that_is_back_before_its_engine_is_idle_adds_it_anew(tmp_path):
     guarded(scenario)
 
 
+def test_a_gateway_that_stops_takes_no_engine_in(tmp_path):
+    async def scenario():
+        path = tmp_path / "engines"
+        path.write_text("")
+        async with front(engines_file=str(path)) as it:
+            await it.gateway.stop()
+            path.write_text("http://127.0.0.1:9")
+            it.gateway.reread_engines()
+            assert names(it) == []
+
+    guarded(scenario)
+
+
 def test_an_engine_of_the_file_that_was_removed_by_hand_is_back_when_the_file_is_read(tmp_path):
     async def scenario():
         path = tmp_path / "engines"

@@ -39,6 +39,16 @@ def test_only_an_admin_key_may(headers, api_keys):
     run(scenario, answers(), admin_keys=("admin",), api_keys=api_keys)
 
 
+def test_where_there_is_an_admin_key_draining_takes_it():
+    async def scenario(front):
+        path = f"/instances/{front.engines[0].name}"
+        for headers, status in (({}, 403), (ADMIN, 200)):
+            async with front.http.put(path, json={"draining": True}, headers=headers) as response:
+                assert response.status == status
+
+    run(scenario, answers(), admin_keys=("admin",))
+
+
 def test_an_admin_key_opens_what_an_api_key_does():
     async def scenario(front):
         assert (await front.post(**ADMIN))[0] == 200
@@ -334,7 +344,9 @@ def test_an_engine_that_is_being_removed_is_neither_taken_back_nor_added():
         engine = front.engines[0]
         streaming = await front.http.post(CHAT, json=ASK)
         await remove(front, engine.name)
-        async with front.http.put(f"/instances/{engine.name}", json={"draining": False}) as response:
+        async with front.http.put(
+            f"/instances/{engine.name}", json={"draining": False}, headers=ADMIN
+        ) as response:
             assert response.status == 409
         assert (await add(front, engine.url))[0] == 409
         assert (await remove(front, engine.name))[0] == 202

@@ -75,11 +75,42 @@ def test_a_long_text_is_tokenized_alike():
     assert instance.send({"prompt": letters(text, whole=True)}) == (8001, 8000)
 
 
+def test_texts_go_by_the_call_that_lets_other_threads_run():
+    """``encode`` of the package keeps the interpreter's lock, whatever thread it is called in."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "Ġ": 32, "a": 97, "b": 98}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    called = []
+
+    class Watched:
+        def __getattr__(self, name):
+            called.append(name)
+            return getattr(tokenizer, name)
+
+    for text in ("a b", "a b" * 2000):
+        keys, length = asyncio.run(PromptReader(4, Watched()).read({"prompt": text}))
+        assert length == 1 + len(text)
+        assert keys.tolist() == block_keys(letters(text, whole=True), 4).tolist()
+    assert called == ["encode_batch_fast"] * 2
+
+
 def test_a_chat_is_what_the_template_makes_of_it():
     instance = Instance(PromptReader(4, LETTERS, ChatTemplate(TEMPLATE)))
     text = "[user]a<b\n[assistant]"
     assert instance.send({"prompt": letters(text, whole=False)}) == (len(text), 0)
     assert instance.send(CHAT) == (len(text), len(text) // 4 * 4)
+
+
+def test_lone_surrogates_in_a_chat_are_replaced():
+    """No tokenizer takes them."""
+    reader = PromptReader(4, LETTERS, ChatTemplate(TEMPLATE))
+    first, second = (
+        asyncio.run(reader.read({"messages": [{"role": "user", "content": content}]})).keys.tolist()
+        for content in ("a\ud800b", "a\ufffdb")
+    )
+    assert first == second
 
 
 def test_an_adapter_shares_no_cache_with_its_model():
@@ -167,6 +198,11 @@ def test_prompts_that_share_no_cache_are_apart(other):
 @pytest.mark.parametrize("body", [{}, {"prompt": ""}, {"prompt": 7}, {"messages": [7]}, {"input": [[-1]]}])
 def test_a_prompt_that_cannot_be_read_counts_as_one(body):
     assert Instance(PromptReader(16)).send(body) == (1, 0)
+
+
+def test_where_a_block_is_a_token_too():
+    instance = Instance(PromptReader(1, LETTERS))
+    assert [instance.send({}), instance.send({})] == [(1, 0), (1, 0)]
 
 
 def test_a_tokenizer_is_a_file_or_lies_in_a_directory(tmp_path):

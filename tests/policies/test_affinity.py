@@ -84,7 +84,7 @@ def test_looking_at_a_session_does_not_make_it_recent():
     assert choose(policy, make_columns(running=[0, 9], session="a")) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from([None, *"abcd"]), columns(min_size=3, max_size=3)), max_size=20))
 def test_sticky_agrees_with_a_dictionary(requests):
     policy, homes = policies.get("sticky", max_sessions=2), OrderedDict()
@@ -123,7 +123,7 @@ def walk(c, balance, virtual_nodes, prefix_blocks):
     raise AssertionError("somebody always has room")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     # small loads, for which one request more or less is full or not
     running=st.lists(st.integers(0, 3), min_size=1, max_size=6),
@@ -208,7 +208,7 @@ def test_a_prompt_without_blocks_has_a_place_too():
     assert 0 <= choose("consistent_hash_bounded", make_columns(prompt=3, running=[0, 0])) < 2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(c=columns(min_size=2), data=st.data())
 def test_the_ring_remembers_nothing_about_other_candidates(c, data):
     policy = policies.get("consistent_hash_bounded", virtual_nodes=5)
@@ -244,7 +244,6 @@ NAIVE = {
 
 
 @pytest.mark.parametrize("name", sorted(NAIVE))
-@settings(deadline=None)
 @given(c=columns())
 def test_it_agrees_with_its_definition_in_a_loop(name, c):
     assert NAIVE[name](c) == choose(name, c)

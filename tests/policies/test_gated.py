@@ -189,7 +189,7 @@ def test_preble_needs_the_time():
     assert policy.score(cold(0.0)).tolist() == [0.0, 0.0]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 1.0, 4.0, 10.0]), columns(min_size=3, max_size=3)), max_size=15),
     st.sampled_from([0.0, 5.0, 10.0]),
@@ -261,19 +261,16 @@ def naive_llm_d(c, penalty_s):
     return first(r, "p_tokens")
 
 
-@settings(deadline=None)
 @given(c=columns())
 def test_aibrix_agrees_with_its_definition_in_a_loop(c):
     assert choose("aibrix", c) in naive_aibrix(c)
 
 
-@settings(deadline=None)
 @given(c=columns())
 def test_sglang_agrees_with_its_definition_in_a_loop(c):
     assert naive_sglang(c) == choose("sglang_cache_aware", c)
 
 
-@settings(deadline=None)
 # 160 tokens behind is 10 ms
 @given(c=columns(), penalty_s=st.sampled_from([0.0, 0.01, 18.0]))
 def test_llm_d_agrees_with_its_definition_in_a_loop(c, penalty_s):

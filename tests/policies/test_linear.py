@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from columns import choose, columns, make_columns, rows
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mulsched import policies
@@ -141,13 +141,11 @@ def naive_bailian(c, hit, batch, tokens):
     return drawn(c, [hit * h + batch * b + tokens * t for h, b, t in zip(*parts, strict=True)])
 
 
-@settings(deadline=None)
 @given(c=columns())
 def test_lmetric_agrees_with_its_definition_in_a_loop(c):
     assert naive_lmetric(c) == choose("lmetric", c)
 
 
-@settings(deadline=None)
 @given(c=columns(), weight=st.sampled_from([0.0, 0.25, 0.55, 0.7, 1.0]))
 def test_linear_agrees_with_its_definition_in_a_loop(c, weight):
     policy, expected = policies.linear(weight=weight), linear_values(c, weight)
@@ -155,7 +153,6 @@ def test_linear_agrees_with_its_definition_in_a_loop(c, weight):
     assert best(zip(expected, rows(c), strict=True)) == choose(policy, c)
 
 
-@settings(deadline=None)
 @given(c=columns(), weight=st.sampled_from([0.0, 0.5, 1.0, 3.0]))
 def test_dynamo_agrees_with_its_definition_in_a_loop(c, weight):
     policy, costs = policies.dynamo(overlap_weight=weight), dynamo_costs(c, weight)
@@ -163,14 +160,12 @@ def test_dynamo_agrees_with_its_definition_in_a_loop(c, weight):
     assert costs[choose(policy, c)] == min(costs)
 
 
-@settings(deadline=None)
 @given(c=columns(), heat=st.sampled_from([0.05, 0.5, 1.0, 10.0]))
 def test_dynamo_with_a_temperature_agrees_with_softmax_in_a_loop(c, heat):
     weights = [math.exp(-cost / heat) for cost in scaled(dynamo_costs(c, 1.0))]
     assert drawn(c, weights) == choose(policies.dynamo(temperature=heat), c)
 
 
-@settings(deadline=None)
 @given(c=columns(), weights=st.sampled_from([(0.7, 0.15, 0.15), (1.0, 0.0, 0.0), (0.0, 0.5, 0.5)]))
 @example(c=make_columns(running=[1]), weights=(0.7, 0.15, 0.15))
 def test_bailian_agrees_with_its_definition_in_a_loop(c, weights):

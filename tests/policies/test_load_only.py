@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from columns import choose, columns, make_columns, rows
-from hypothesis import given, settings
+from hypothesis import given
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,6 @@ NAIVE = {
 
 
 @pytest.mark.parametrize("name", sorted(NAIVE))
-@settings(deadline=None)
 @given(c=columns())
 def test_it_agrees_with_its_definition_in_a_loop(name, c):
     assert NAIVE[name](c) == choose(name, c)

@@ -26,7 +26,7 @@ def used(name, history):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20)
 @given(c=columns(now=10.0), history=st.lists(columns(now=9.0), max_size=3))
 def test_scores_are_finite_pure_and_someone_is_chosen(name, c, history):
     policy = used(name, history)
@@ -41,7 +41,7 @@ def test_scores_are_finite_pure_and_someone_is_chosen(name, c, history):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20)
 @given(c=columns(min_size=2, now=10.0), history=st.lists(columns(now=9.0), max_size=3), data=st.data())
 def test_the_order_of_the_candidates_does_not_matter(name, c, history, data):
     # last_chosen differs everywhere and draws go by row, so nothing is left to the order
@@ -51,7 +51,7 @@ def test_the_order_of_the_candidates_does_not_matter(name, c, history, data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(c=columns(max_size=1, now=10.0))
 def test_the_only_candidate_is_chosen(name, c):
     assert choose(name, c) == 0
@@ -113,7 +113,7 @@ def test_policies_of_two_routers_share_no_state(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     requests=st.lists(
         st.tuples(

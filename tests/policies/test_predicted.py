@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from columns import choose, columns, make_columns, rows
-from hypothesis import given, settings
+from hypothesis import given
 
 from mulsched import policies
 from mulsched.policies._policy import select
@@ -117,7 +117,6 @@ def first(candidates):
     return min(candidates, key=lambda e: (e[0], e[1]["batch_size"], e[1]["last_chosen"], e[1]["i"]))[1]["i"]
 
 
-@settings(deadline=None)
 @given(c=columns())
 def test_polyserve_agrees_with_its_definition_in_a_loop(c):
     within = [(-tpot, x) for x, ttft, tpot in predictions(c) if ttft <= 0.5 and tpot <= 0.06]
@@ -125,7 +124,6 @@ def test_polyserve_agrees_with_its_definition_in_a_loop(c):
     assert expected == choose(polyserve(tpot_target_s=0.06), c)
 
 
-@settings(deadline=None)
 @given(c=columns())
 def test_least_ttft_agrees_with_its_definition_in_a_loop(c):
     assert first([(ttft, x) for x, ttft, _ in predictions(c)]) == choose(least_ttft(), c)

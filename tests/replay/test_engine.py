@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from backends import BACKENDS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import mulsched.replay.engine
@@ -347,7 +347,6 @@ def submissions(drawn):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None)
 @given(drawn=REQUESTS, budget=st.integers(5, 30), seqs=st.integers(1, 5))
 def test_with_room_for_all_it_agrees_with_a_naive_engine(backend, drawn, budget, seqs):
     model = new_engine(backend, max_batched_tokens=budget + seqs, max_num_seqs=seqs, kv_blocks=1000)
@@ -358,7 +357,6 @@ def test_with_room_for_all_it_agrees_with_a_naive_engine(backend, drawn, budget,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None)
 @given(drawn=REQUESTS, budget=st.integers(5, 30), seqs=st.integers(1, 5), blocks=st.integers(8, 20))
 def test_in_little_memory_everyone_finishes_once_and_events_tell_the_cache(
     backend, drawn, budget, seqs, blocks
@@ -412,7 +410,6 @@ def test_other_step_times_are_told_the_mean_prefix(engine):
     assert asked == [0.0]
 
 
-@settings(deadline=None)
 @given(
     drawn=REQUESTS,
     budget=st.integers(0, 30),

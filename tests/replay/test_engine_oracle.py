@@ -51,7 +51,7 @@ def twin(request):
     spare_tokens=st.integers(0, 20),
     schedules_ahead=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_step_is_that_of_the_naive_engine(twin, requests, max_num_seqs, spare_tokens, schedules_ahead):
     budget = max_num_seqs + spare_tokens
     model = twin(BLOCK_SIZE, KV_BLOCKS, budget, max_num_seqs, 0, schedules_ahead)

@@ -446,7 +446,7 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("property")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(logs(), st.permutations("QXZJK"), st.sampled_from([None, "user"]))
 def test_other_text_with_the_same_lengths_and_equalities_gives_the_same_file(
     directory, lines, letters, field
@@ -457,19 +457,19 @@ def test_other_text_with_the_same_lengths_and_equalities_gives_the_same_file(
         assert one == file_of(directory, renamed, session_field=field, **options)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(logs(), st.sampled_from([None, "user"]))
 def test_nothing_of_the_text_is_in_the_file(directory, lines, field):
     assert not set("QXZJK") & set(file_of(directory, lines, session_field=field))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(logs(), st.binary(min_size=16, max_size=64))
 def test_the_salt_leaves_no_trace(directory, lines, salt):
     assert file_of(directory, lines) == file_of(directory, lines, salt=salt)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(alphabet="ab", max_size=12), min_size=1, max_size=5), st.integers(1, 3))
 def test_ids_are_equal_exactly_where_prompts_begin_alike(directory, texts, block_size):
     found = ids(read(directory, *(plain(t, text) for t, text in enumerate(texts)), block_size=block_size))
@@ -482,7 +482,7 @@ def test_ids_are_equal_exactly_where_prompts_begin_alike(directory, texts, block
     assert list(meaning) == list(range(len(meaning)))  # numbered as they first arrive
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(logs())
 def test_the_order_of_lines_does_not_matter(directory, lines):
     one, other = read(directory, *lines), read(directory, *reversed(lines))

@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from backends import BACKENDS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mulsched import policies
@@ -77,7 +77,6 @@ def twins(trace, policy, **options):
     return results
 
 
-@settings(deadline=None)
 @given(
     drawn=REQUESTS,
     policy=st.sampled_from(policies.names()),

@@ -148,7 +148,7 @@ def test_a_length_beyond_64_bits_is_refused(chat):
         run(endless)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.sampled_from(["lmetric", "most_hits", "random"]), st.integers(1, 4))
 def test_requests_are_conserved_on_any_seed(seed, policy, instances):
     trace = synthetic_trace("tool_agent", duration_s=5, seed=seed)

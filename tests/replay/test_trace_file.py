@@ -201,7 +201,7 @@ def traces(draw):
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(traces(), st.sampled_from(["t.jsonl", "t.jsonl.gz"]))
 def test_every_trace_comes_back_equal(tmp_path_factory, trace, name):
     file = tmp_path_factory.getbasetemp() / name

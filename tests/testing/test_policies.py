@@ -182,8 +182,9 @@ ORACLES = {
 
 @pytest.mark.parametrize("name", policies.names())
 def test_a_policy_breaks_nothing_that_the_table_does_not_say(name):
-    report = check_score(name, examples=10, shrink=False)
-    assert {finding.invariant for finding in report.findings if not finding.holds} <= BROKEN.get(name, set())
+    kept = [invariant for invariant in invariants.names() if invariant not in BROKEN.get(name, ())]
+    report = check_score(name, examples=10, only=kept, shrink=False)
+    assert [finding.invariant for finding in report.findings if not finding.holds] == []
 
 
 @pytest.mark.parametrize(("name", "invariant"), [cell for cell in CELLS if cell not in RARE])
@@ -276,7 +277,7 @@ def test_the_invariants_ask_a_detector_while_an_alarm_leaves_candidates_out(name
     asked = masked = 0
 
     @hypothesis.seed(0)
-    @settings(max_examples=100, database=None, deadline=None, phases=[Phase.generate])
+    @settings(max_examples=100, database=None, phases=[Phase.generate])
     @given(st.data())
     def ask(data):
         nonlocal asked, masked

@@ -153,7 +153,7 @@ def test_the_bound_is_reached(prefix, tail):
     assert fleet.ratio == tolerated_batch_ratio(tail, prefix + tail)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 6), st.integers(2, 400))
 @example(2, 4)  # a tie, which goes to the smaller batch
 @example(2, 20)
@@ -175,7 +175,7 @@ def test_without_the_queue_term_the_burst_leaves_only_at_the_ratio():
     assert instances == ["i0"] * 99 + ["i1"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 60).flatmap(lambda slots: st.tuples(st.just(slots), st.integers(slots + 1, 400))))
 @example((4, 10))
 @example((16, 100))
@@ -209,7 +209,7 @@ def test_a_queue_elsewhere_widens_the_bound():
     assert counts == [9, 39]  # 1 * BS = 10 * 1, and 1 * BS = (10 + 10) * 2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(2, 8).flatmap(lambda n: st.tuples(st.integers(1, n - 1), st.just(n))),
     st.integers(2, 12),
@@ -240,7 +240,7 @@ def test_a_class_leaves_its_holders_at_a_share_whose_odds_are_the_ratio_times_th
 # -- replication
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 6), st.integers(2, 20))
 @example(8, 3)
 @example(5, 20)
@@ -274,7 +274,7 @@ def herd(n, ratio, residence, requests):
     return peak, len(fleet.holders), len(used)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(2, 8), st.integers(1, 29).flatmap(lambda most: st.tuples(st.integers(1, most), st.just(most)))
 )
@@ -287,7 +287,7 @@ def test_a_class_with_fewer_residents_than_the_ratio_never_leaves_its_holder(n, 
     assert count_margin(1.0, 1, n) < 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 8), st.integers(2, 20), st.integers(0, 100))
 @example(8, 20, 0)
 @example(8, 20, 18)  # exactly two holders are full

@@ -12,7 +12,7 @@ from mulsched.decision import Decision
 from mulsched.errors import InvalidArgument, InvalidType
 from mulsched.lifecycle import Lifecycle
 from mulsched.prompt_reader import PromptReader
-from mulsched.prompt_routing import UNREADABLE, PromptKeys
+from mulsched.prompt_routing import PromptKeys
 
 __all__ = ["EndpointPicker", "Pick", "Refusal"]
 
@@ -90,7 +90,7 @@ class EndpointPicker:
         if self._max_in_flight is not None and len(self.lifecycle) >= self._max_in_flight * len(known):
             return self.refuse(429, "too many requests are in flight")
         if prompt is None:
-            keys, length = UNREADABLE
+            keys, length = self._prompts.unreadable
             return self._named(router.select_keys(keys, prompt_tokens=length, candidates=candidates))
         request_id = next(self._request_ids)
         decision = self.lifecycle.route_keys(
@@ -101,7 +101,7 @@ class EndpointPicker:
             now=self._clock(),
         )
         self.counts["picked"] += 1
-        if prompt is UNREADABLE:
+        if prompt is self._prompts.unreadable:
             self.counts["without_prompt"] += 1
         return self._named(decision, request_id)
 
@@ -109,7 +109,7 @@ class EndpointPicker:
         try:
             return await self._prompts.read(json.loads(body))
         except (ValueError, RecursionError):  # neither JSON nor UTF-8
-            return UNREADABLE
+            return self._prompts.unreadable
 
     def _named(self, decision: Decision, request_id: Hashable = None) -> Pick:
         first = decision.instance
