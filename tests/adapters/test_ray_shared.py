@@ -197,6 +197,7 @@ def finish_bursts(fronts, burst):
 
 
 def test_processes_on_two_nodes_do_not_herd(fronts):
+    until_told(nothing_is_booked)  # Ray tells of an end some time after its answer
     start_bursts(fronts, chat("new prefix " * 500), REPLICAS // 2, "shared")
     booked = in_actor(loads)
     answers = finish_bursts(fronts, "shared")
@@ -231,6 +232,7 @@ def test_finished_requests_leave_nothing_booked(fronts):
 def test_a_killed_replica_is_forgotten_for_both_processes(fronts):
     prompt = chat("w" * 4000)
     holder = get(fronts[0].ask.remote(prompt))
+    until_told(nothing_is_booked)  # until then its prompt waits there, and the next goes elsewhere
     before = in_actor(instances)
     get(fronts[0].die.remote(prompt))
     elsewhere = [get(front.ask.remote(prompt)) for front in (*fronts, *fronts)]
