@@ -71,16 +71,23 @@ def router_of(handle):
     return handle._router._asyncio_router._request_router
 
 
+def answered(handle, body):
+    """Return the answer, once Ray has told of its end too: until then its prompt waits where it was sent."""
+    answer = handle.remote(body).result(timeout_s=60)
+    until(lambda: len(router_of(handle).bodies.lifecycle) == 0)
+    return answer
+
+
 def test_a_conversation_stays_with_the_replica_that_holds_its_prefix(handle):
     for topic in "abc":
-        first = handle.remote(chat(topic * 4000)).result(timeout_s=60)
-        later = [handle.remote(chat(topic * 4000 + str(turn))).result(timeout_s=60) for turn in range(5)]
+        first = answered(handle, chat(topic * 4000))
+        later = [answered(handle, chat(topic * 4000 + str(turn))) for turn in range(5)]
         assert later == [first] * 5
 
 
 def test_finished_requests_leave_nothing_booked(handle):
-    handle.remote(chat("hello" * 100)).result(timeout_s=60)
-    until(lambda: len(router_of(handle).bodies.lifecycle) == 0)
+    answered(handle, chat("hello" * 100))
+    assert len(router_of(handle).bodies.lifecycle) == 0
 
 
 def test_concurrent_requests_do_not_herd(handle):
