@@ -200,12 +200,11 @@ def test_a_pick_made_for_a_request_that_is_served_leaves_that_ones_calls_booked(
 
 def test_a_killed_replica_is_forgotten_and_its_prefixes_go_elsewhere(handle):
     prompt = chat("z" * 4000)
-    holder = handle.remote(prompt).result(timeout_s=60)
-    until(lambda: len(router_of(handle).bodies.lifecycle) == 0)
+    holder = answered(handle, prompt)
     before = set(router_of(handle).bodies.lifecycle.router.instances)
     with pytest.raises(Exception, match="died|crash|Error"):
         handle.die.remote(prompt).result(timeout_s=60)
-    elsewhere = [handle.remote(prompt).result(timeout_s=60) for _ in range(5)]
+    elsewhere = [answered(handle, prompt) for _ in range(5)]
     after = set(router_of(handle).bodies.lifecycle.router.instances)
     assert holder not in elsewhere
     assert len(set(elsewhere)) == 1
