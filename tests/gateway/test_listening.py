@@ -57,6 +57,18 @@ def subscriber(front, engine):
     return front.gateway.fleet.listeners.subscribers.get(engine.name)
 
 
+async def follow(front, engine, check, publisher):
+    """Let the engine tell of a publisher, and wait until its ``BLOCKS`` are known."""
+    engine.kv_event_sources = tells(publisher)
+    await check()
+    await until(lambda: blocks(front, engine) == 2)
+
+
+async def eject_and_return(check):
+    await check(3, healthy=False)
+    await check(2)
+
+
 def test_an_engine_that_tells_later_is_followed_from_then_on():
     async def scenario(front, engine, check):
         await front.post("/v1/completions", {"prompt": [9] * 160})
@@ -103,12 +115,9 @@ def test_an_engine_that_returns_with_another_endpoint_is_followed_there():
         async with Publisher() as first, Publisher() as second:
             await first.publish(BLOCKS)
             await second.publish(OTHER)
-            engine.kv_event_sources = tells(first)
-            await check()
-            await until(lambda: blocks(front, engine) == 2)
+            await follow(front, engine, check, first)
             engine.kv_event_sources = tells(second)
-            await check(3, healthy=False)
-            await check(2)
+            await eject_and_return(check)
             assert subscriber(front, engine).endpoint == second.endpoint
             await until(lambda: subscriber(front, engine).state == "known")
             assert blocks(front, engine) == 1
@@ -122,9 +131,7 @@ def test_an_engine_that_moves_its_endpoint_too_fast_to_be_ejected_is_followed_th
             await second.publish(OTHER)
             async with Publisher() as first:
                 await first.publish(BLOCKS)
-                engine.kv_event_sources = tells(first)
-                await check()
-                await until(lambda: blocks(front, engine) == 2)
+                await follow(front, engine, check, first)
                 await check()
             engine.kv_event_sources = tells(second)
             await until(lambda: subscriber(front, engine).counts["disconnections"])
@@ -140,12 +147,9 @@ def test_what_was_cached_before_a_move_is_forgotten_at_once():
     async def scenario(front, engine, check):
         async with Publisher() as first, Publisher(answers=False) as second:
             await first.publish(BLOCKS)
-            engine.kv_event_sources = tells(first)
-            await check()
-            await until(lambda: blocks(front, engine) == 2)
+            await follow(front, engine, check, first)
             engine.kv_event_sources = tells(second)
-            await check(3, healthy=False)
-            await check(2)
+            await eject_and_return(check)
             assert blocks(front, engine) == 0
 
     run(scenario)
@@ -158,8 +162,7 @@ def test_an_engine_that_returns_without_events_is_predicted():
             await check()
             assert subscriber(front, engine) is not None
             engine.kv_event_sources = None
-            await check(3, healthy=False)
-            await check(2)
+            await eject_and_return(check)
             assert subscriber(front, engine) is None
             await front.post("/v1/completions", {"prompt": [9] * 160})
             assert blocks(front, engine) == 10
@@ -177,8 +180,7 @@ def test_a_question_that_fails_changes_nothing(told):
             await until(lambda: blocks(front, engine) == 2)
             following = subscriber(front, engine)
             engine.kv_event_sources = told
-            await check(3, healthy=False)
-            await check(2)
+            await eject_and_return(check)
             assert subscriber(front, engine) is following
             assert blocks(front, engine) == 2
 
